@@ -1,0 +1,30 @@
+"""Sequence mixers behind one protocol, by name. Importing this module registers all of them."""
+
+from .attention import Attention, BidirectionalAttention
+from .base import (
+    Mixer,
+    MixerInfo,
+    State,
+    create_mixer,
+    list_mixers,
+    mixer_info,
+    register_mixer,
+)
+from .gated_cnn import BidirectionalGatedCNN, GatedCNN
+from .mamba import BiMamba, Mamba
+
+__all__ = [
+    "Attention",
+    "BiMamba",
+    "BidirectionalAttention",
+    "BidirectionalGatedCNN",
+    "GatedCNN",
+    "Mamba",
+    "Mixer",
+    "MixerInfo",
+    "State",
+    "create_mixer",
+    "list_mixers",
+    "mixer_info",
+    "register_mixer",
+]

@@ -1,0 +1,169 @@
+"""Softmax attention as a mixer: the control that state-space mixers are compared with.
+
+    q, k, v = in_proj(x) ;  y = softmax(q k^T / sqrt(P)) v ;  out = out_proj(y)
+
+PyTorch's `scaled_dot_product_attention` does the work. Letters: B batch, L length, D model
+channels, H heads, P channels a head, S packed sequences.
+
+Source: Vaswani et al. 2017, arXiv 1706.03762.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .base import Mixer, State, register_mixer
+
+
+@register_mixer(
+    "attention",
+    primitive="scaled_dot_product_attention",
+    paper="Vaswani et al. 2017, arXiv 1706.03762",
+)
+class Attention(Mixer):
+    """Causal softmax attention. Its state is the cache of keys and values, which grows.
+
+    Args:
+        d_model: Channels D of the sequence.
+        num_heads: Heads H; D must be a multiple. None takes heads of 64 channels, or one head.
+        bias: Biases in the projections.
+        device: Of the parameters.
+        dtype: Of the parameters.
+    """
+
+    causal = True
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        num_heads: int | None = None,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if num_heads is None:
+            num_heads = d_model // 64 if d_model >= 64 and d_model % 64 == 0 else 1
+        if num_heads < 1 or d_model % num_heads:
+            raise ValueError(f"num_heads must divide d_model {d_model}, got {num_heads}")
+        self.d_model, self.num_heads = d_model, num_heads
+        dd = {"device": device, "dtype": dtype}
+        self.in_proj = nn.Linear(d_model, 3 * d_model, bias=bias, **dd)
+        self.out_proj = nn.Linear(d_model, d_model, bias=bias, **dd)
+
+    def reset_parameters(self) -> None:
+        """Draw every parameter anew."""
+        self.in_proj.reset_parameters()
+        self.out_proj.reset_parameters()
+
+    def init_state(self, batch: int, *, device: torch.device | str | None = None) -> State:
+        """An empty cache: `k` and `v` (B, 0, H, P), and `real` (B, 0), False at padding."""
+        weight = self.in_proj.weight
+        empty = torch.zeros(
+            batch,
+            0,
+            self.num_heads,
+            self.d_model // self.num_heads,
+            device=device or weight.device,
+            dtype=weight.dtype,
+        )
+        return {"k": empty, "v": empty.clone(), "real": empty.new_zeros(batch, 0, dtype=torch.bool)}
+
+    def _check_state(self, state: State, x: Tensor, cu_seqlens: Tensor | None) -> None:
+        rows = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        if state.keys() != {"k", "v", "real"}:
+            raise ValueError(f"state must hold ['k', 'real', 'v'], got {sorted(state)}")
+        past = state["real"].shape[-1]
+        shape = (rows, past, self.num_heads, self.d_model // self.num_heads)
+        for name, expected in (("real", (rows, past)), ("k", shape), ("v", shape)):
+            if state[name].shape != expected:
+                raise ValueError(
+                    f"state[{name!r}] must be {expected}, got {tuple(state[name].shape)}"
+                )
+
+    def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v, each (B, L, H, P)."""
+        q, k, v = self.in_proj(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
+        return q, k, v
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, state: State | None, real: Tensor | None
+    ) -> tuple[Tensor, State]:
+        """Outputs (B, L, H, P) and the grown cache; `real` (B, L) is False at padding."""
+        if real is None:
+            real = torch.ones(q.shape[:2], dtype=torch.bool, device=q.device)
+            plain = state is None
+        else:
+            plain = False
+        past = 0
+        if state is not None:
+            past = state["k"].shape[1]
+            k = torch.cat([state["k"].to(k.dtype), k], 1)
+            v = torch.cat([state["v"].to(v.dtype), v], 1)
+            real = torch.cat([state["real"], real], 1)
+        allowed = None
+        if not plain:
+            # every query also sees its own place, so that padding rows are not empty
+            query = torch.arange(past, past + q.shape[1], device=q.device).unsqueeze(-1)
+            key = torch.arange(k.shape[1], device=q.device)
+            allowed = real.unsqueeze(1) | (query == key)
+            if self.causal:
+                allowed = allowed & (key <= query)
+            allowed = allowed.unsqueeze(1)
+        y = F.scaled_dot_product_attention(
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            attn_mask=allowed,
+            is_causal=plain and self.causal,
+        )
+        return y.transpose(1, 2), {"k": k, "v": v, "real": real}
+
+    def _mix(
+        self, x: Tensor, state: State | None, cu_seqlens: Tensor | None, return_state: bool
+    ) -> tuple[Tensor, State | None]:
+        q, k, v = self._heads(x)
+        if cu_seqlens is None:
+            y, after = self._attend(q, k, v, state, None)
+            return self.out_proj(y.flatten(2)), after
+        if x.shape[1] == 0:
+            return x, state
+        starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
+        place = torch.arange(int(lengths.max()), device=x.device)
+        real = place < lengths.unsqueeze(1)
+        token = (starts.unsqueeze(1) + place).clamp(max=x.shape[1] - 1)
+        y, after = self._attend(q[0, token], k[0, token], v[0, token], state, real)
+        return self.out_proj(y[real].flatten(1)).unsqueeze(0), after
+
+    def _mix_masked(
+        self, x: Tensor, state: State | None, mask: Tensor, return_state: bool
+    ) -> tuple[Tensor, State | None]:
+        y, after = self._attend(*self._heads(x), state, mask)
+        return self.out_proj(y.flatten(2)).masked_fill(~mask.unsqueeze(-1), 0), after
+
+    def core(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Mixer.core`: values v and outputs before out_proj, a channel being a head."""
+        q, k, v = self._heads(x)
+        y, _ = self._attend(q, k, v, None, None)
+        return v.transpose(1, 2), y.transpose(1, 2)
+
+    def matrix(self, x: Tensor) -> Tensor:
+        """See `Mixer.matrix`: the softmax weights, (B, H, L, L)."""
+        q, k, _ = self._heads(x)
+        scores = q.transpose(1, 2) @ k.permute(0, 2, 3, 1) * q.shape[-1] ** -0.5
+        if self.causal:
+            later = torch.ones_like(scores, dtype=torch.bool).triu(1)
+            scores = scores.masked_fill(later, float("-inf"))
+        return scores.softmax(-1)
+
+
+@register_mixer(
+    "attention_bidirectional",
+    primitive="scaled_dot_product_attention",
+    paper="Vaswani et al. 2017, arXiv 1706.03762",
+)
+class BidirectionalAttention(Attention):
+    """Softmax attention to the whole sequence; arguments as `Attention`."""
+
+    causal = False

@@ -1,0 +1,1 @@
+"""The primitives: pure functions on channel-last tensors, registered as torch operators."""

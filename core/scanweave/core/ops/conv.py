@@ -1,0 +1,444 @@
+"""Short depthwise convolution along the length: causal, anti-causal or symmetric.
+
+    c[t] = bias + sum_j w[j] x[t - left + j]        j = 0 .. W-1, in natural time
+    y[t] = c[t], or silu(c[t])
+
+causal: left = W - 1, so that the last tap meets the newest input. `reverse` mirrors time:
+c[t] = bias + sum_j w[j] x[t + left - j], which equals flipping, convolving and flipping back.
+symmetric: left = (W - 1) / 2. Outside a sequence x is 0, or comes from `initial_state`.
+
+    causal_conv1d_ref    the definition, in plain PyTorch
+    causal_conv1d        what to call; symmetric_conv1d for centred taps
+    causal_conv1d_step   one token, state updated in place
+
+Letters: B batch, L length, D channels, W taps, S packed sequences.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .checks import (
+    check_cu_seqlens,
+    check_cu_seqlens_values,
+    check_tensor,
+    computing_dtype,
+    on_kernels,
+)
+
+MAX_WIDTH = 16
+
+
+def causal_conv1d_ref(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    *,
+    reverse: bool = False,
+    symmetric: bool = False,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """The definition, one sequence at a time. Same contract as the public functions."""
+    width = weight.shape[1]
+    left = (width - 1) // 2 if symmetric else width - 1
+    ends = [0, x.shape[1]] if cu_seqlens is None else cu_seqlens.tolist()
+    parts = []
+    for i, (start, end) in enumerate(zip(ends, ends[1:], strict=False)):
+        v = x[:, start:end]
+        v = (v.flip(1) if reverse else v).transpose(1, 2)
+        if initial_state is None:
+            v = F.pad(v, (left, width - 1 - left))
+        else:
+            rows = slice(None) if cu_seqlens is None else slice(i, i + 1)
+            v = torch.cat([initial_state[rows].to(v.dtype).transpose(1, 2), v], 2)
+        dtype = computing_dtype(x, weight)
+        c = F.conv1d(
+            v.to(dtype),
+            weight.to(dtype).unsqueeze(1),
+            None if bias is None else bias.to(dtype),
+            groups=v.shape[1],
+        ).transpose(1, 2)
+        parts.append(c.flip(1) if reverse else c)
+    c = torch.cat(parts, 1) if parts else x
+    return (F.silu(c) if activation == "silu" else c).to(x.dtype)
+
+
+class _Taps:
+    """x as each tap sees it: tap j of token t meets x[t - left + j], mirrored when `reverse`."""
+
+    def __init__(
+        self,
+        x: Tensor,
+        state: Tensor | None,
+        cu_seqlens: Tensor | None,
+        width: int,
+        left: int,
+        reverse: bool,
+    ) -> None:
+        self.x, self.state, self.width, self.left, self.reverse = x, state, width, left, reverse
+        self.packed = cu_seqlens is not None
+        if cu_seqlens is not None:
+            token = torch.arange(x.shape[1], device=x.device)
+            self.sequence = torch.searchsorted(cu_seqlens[1:].long(), token, right=True)
+            start = cu_seqlens[:-1].long()[self.sequence]
+            end = cu_seqlens[1:].long()[self.sequence]
+            # position in scan order, and the tokens that follow there
+            self.before = end - 1 - token if reverse else token - start
+            self.after = token - start if reverse else end - 1 - token
+            self.token = token
+        else:
+            right = width - 1 - left
+            v = x.flip(1) if reverse else x
+            head = x.new_zeros(x.shape[0], left, x.shape[2]) if state is None else state.to(x.dtype)
+            self.padded = F.pad(torch.cat([head, v], 1), (0, 0, 0, right))
+
+    def __call__(self, j: int) -> Tensor:
+        offset = j - self.left
+        if not self.packed:
+            v = self.padded[:, j : j + self.x.shape[1]]
+            return v.flip(1) if self.reverse else v
+        source = self.token - offset if self.reverse else self.token + offset
+        v = self.x[0].index_select(0, source.clamp(0, max(self.x.shape[1] - 1, 0)))
+        inside = (self.before + offset >= 0) & (offset <= self.after)
+        outside = torch.zeros_like(v)
+        if self.state is not None and offset < 0:
+            row = (self.width - 1 + self.before + offset).clamp(max=self.width - 2)
+            outside = self.state.to(v.dtype)[self.sequence, row]
+        return torch.where(inside.unsqueeze(-1), v, outside).unsqueeze(0)
+
+    def add_to_state(self, dstate: Tensor, j: int, v: Tensor) -> None:
+        """dstate[row] += v at the tokens where tap j reads the initial state."""
+        offset = j - self.left
+        if offset >= 0:
+            return
+        if not self.packed:
+            v = v.flip(1) if self.reverse else v
+            count = min(-offset, v.shape[1])
+            dstate[:, j : j + count] += v[:, :count]
+            return
+        hit = (self.before + offset < 0).nonzero().squeeze(1)
+        row = self.width - 1 + self.before[hit] + offset
+        dstate.index_put_((self.sequence[hit], row), v[0, hit], accumulate=True)
+
+
+def _convolve(taps: _Taps, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    w = weight.to(dtype)
+    c = taps(0).to(dtype) * w[:, 0]
+    for j in range(1, weight.shape[1]):
+        c.addcmul_(taps(j).to(dtype), w[:, j])
+    return c if bias is None else c.add_(bias.to(dtype))
+
+
+def _silu_gradient(c: Tensor) -> Tensor:
+    gate = torch.sigmoid(c)
+    return gate * (1 + c * (1 - gate))
+
+
+def _portable_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    left: int,
+    reverse: bool,
+    silu: bool,
+) -> Tensor:
+    dtype = computing_dtype(x, weight, bias, state)
+    taps = _Taps(x, state, cu_seqlens, weight.shape[1], left, reverse)
+    c = _convolve(taps, weight, bias, dtype)
+    return (F.silu(c, inplace=True) if silu else c).to(x.dtype).contiguous()
+
+
+def _portable_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    left: int,
+    reverse: bool,
+    silu: bool,
+) -> list[Tensor]:
+    dtype = computing_dtype(x, weight, bias, state)
+    width = weight.shape[1]
+    taps = _Taps(x, state, cu_seqlens, width, left, reverse)
+    dc = dy.to(dtype)
+    if silu:
+        dc = dc * _silu_gradient(_convolve(taps, weight, bias, dtype))
+    # each x[s] reached c[s + left - j] through tap j: the same convolution, mirrored
+    mirrored = _Taps(dc, None, cu_seqlens, width, left, not reverse)
+    dx = _convolve(mirrored, weight, None, dtype)
+    dweight = torch.stack([(taps(j).to(dtype) * dc).sum((0, 1)) for j in range(width)], 1)
+    grads = [dx.to(x.dtype), dweight.to(weight.dtype)]
+    if bias is not None:
+        grads.append(dc.sum((0, 1)).to(bias.dtype))
+    if state is not None:
+        dstate = torch.zeros_like(state, dtype=dtype)
+        for j in range(width - 1):
+            taps.add_to_state(dstate, j, dc * weight[:, j].to(dtype))
+        grads.append(dstate.to(state.dtype))
+    return grads
+
+
+_lib = torch.library.Library("scanweave", "FRAGMENT")
+_INPUTS = (
+    "Tensor x, Tensor weight, Tensor? bias, Tensor? state, Tensor? cu_seqlens, "
+    "int left, bool reverse, bool silu"
+)
+_lib.define(f"short_conv({_INPUTS}) -> Tensor")
+_lib.define(f"short_conv_backward(Tensor dy, {_INPUTS}) -> Tensor[]")
+_forward_op = torch.ops.scanweave.short_conv.default
+_backward_op = torch.ops.scanweave.short_conv_backward.default
+
+
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    left: int,
+    reverse: bool,
+    silu: bool,
+) -> Tensor:
+    if cu_seqlens is not None:
+        check_cu_seqlens_values(cu_seqlens, x.shape[1])
+    run = _portable_forward
+    return run(x, weight, bias, state, cu_seqlens, left, reverse, silu)
+
+
+def _backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    left: int,
+    reverse: bool,
+    silu: bool,
+) -> list[Tensor]:
+    run = _portable_backward
+    return run(dy, x, weight, bias, state, cu_seqlens, left, reverse, silu)
+
+
+for _device in ("CPU", "CUDA"):
+    _lib.impl("short_conv", _forward, _device)
+    _lib.impl("short_conv_backward", _backward, _device)
+
+
+@torch.library.register_fake("scanweave::short_conv", lib=_lib)
+def _(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    left: int,
+    reverse: bool,
+    silu: bool,
+) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("scanweave::short_conv_backward", lib=_lib)
+def _(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    left: int,
+    reverse: bool,
+    silu: bool,
+) -> list[Tensor]:
+    return [v.new_empty(v.shape) for v in (x, weight, bias, state) if v is not None]
+
+
+class _ShortConv(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, state, cu_seqlens, left, reverse, silu):
+        ctx.save_for_backward(x, weight, bias, state, cu_seqlens)
+        ctx.config = (left, reverse, silu)
+        return _forward_op(x, weight, bias, state, cu_seqlens, left, reverse, silu)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, weight, bias, state, cu_seqlens = ctx.saved_tensors
+        grads = list(_backward_op(dy, x, weight, bias, state, cu_seqlens, *ctx.config))
+        dstate = grads.pop() if state is not None else None
+        dbias = grads.pop() if bias is not None else None
+        return (*grads, dbias, dstate, None, None, None, None)
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> None:
+    if not isinstance(x, Tensor) or x.ndim != 3:
+        got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"x must be (B, L, D), got {got}")
+    check_tensor("x", x, tuple(x.shape), x, "(B, L, D)")
+    if not isinstance(weight, Tensor) or weight.ndim != 2:
+        got = tuple(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
+        raise ValueError(f"weight must be (D, W), got {got}")
+    dim, width = x.shape[2], weight.shape[1]
+    check_tensor("weight", weight, (dim, width), x, "(D, W)")
+    if not 1 <= width <= MAX_WIDTH:
+        raise ValueError(f"weight must have 1 to {MAX_WIDTH} taps, got {width}")
+    if bias is not None:
+        check_tensor("bias", bias, (dim,), x, "(D,)")
+    if activation not in (None, "silu"):
+        raise ValueError(f"activation must be None or 'silu', got {activation!r}")
+    if cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens, x)
+    if initial_state is not None:
+        rows = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        letters = "(B, W - 1, D)" if cu_seqlens is None else "(S, W - 1, D)"
+        check_tensor("initial_state", initial_state, (rows, width - 1, dim), x, letters)
+
+
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    *,
+    reverse: bool = False,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    return_final_state: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Convolve every channel with its own taps: c[t] = bias + sum_j w[j] x[t - W + 1 + j].
+
+    Every floating input has a gradient, the initial state and the final one included. Sums are
+    float32 (float64 if an input is).
+
+    Args:
+        x: Inputs, (B, L, D).
+        weight: Taps, (D, W), the last one for the newest input; W from 1 to 16.
+        bias: Added to the sum, (D,).
+        activation: "silu" applies c sigmoid(c), None nothing.
+        reverse: Mirror time: tap j meets x[t + W - 1 - j] (inside every packed sequence).
+        initial_state: The W - 1 inputs before the first one, in the order they are met,
+            (B, W - 1, D), or (S, W - 1, D) when packed; zero when absent.
+        cu_seqlens: Starts of S packed sequences, (S + 1,) int32 from 0 to L; B must be 1.
+        return_final_state: Also return the last W - 1 inputs.
+
+    Returns:
+        Outputs (B, L, D) in the dtype of x, and the state, shape of `initial_state`, if asked.
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit, or cu_seqlens is not valid.
+
+    Source: Gu & Dao 2023, arXiv 2312.00752, section 3.4 (the convolution of the Mamba block).
+    """
+    _check(x, weight, bias, activation, initial_state, cu_seqlens)
+    left, silu = weight.shape[1] - 1, activation == "silu"
+    y = _ShortConv.apply(x, weight, bias, initial_state, cu_seqlens, left, reverse, silu)
+    if not return_final_state:
+        return y
+    return y, _last_inputs(x, left, reverse, initial_state, cu_seqlens)
+
+
+def symmetric_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    *,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """As `causal_conv1d` with centred taps: c[t] = bias + sum_j w[j] x[t - (W - 1) / 2 + j].
+
+    Args:
+        x: Inputs, (B, L, D).
+        weight: Taps, (D, W), W odd and at most 15.
+        bias: Added to the sum, (D,).
+        activation: "silu" or None.
+        cu_seqlens: Starts of S packed sequences, (S + 1,) int32 from 0 to L; B must be 1.
+
+    Returns:
+        Outputs, (B, L, D), in the dtype of x.
+
+    Raises:
+        ValueError: W is even, or a shape, dtype or device does not fit.
+
+    Source: Hwang et al. 2024 (Hydra), arXiv 2407.09941, section 3.
+    """
+    _check(x, weight, bias, activation, None, cu_seqlens)
+    width = weight.shape[1]
+    if width % 2 == 0:
+        raise ValueError(f"weight must have an odd number of taps, got {width}")
+    silu = activation == "silu"
+    return _ShortConv.apply(x, weight, bias, None, cu_seqlens, (width - 1) // 2, False, silu)
+
+
+def _last_inputs(
+    x: Tensor, count: int, reverse: bool, state: Tensor | None, cu_seqlens: Tensor | None
+) -> Tensor:
+    """The last `count` inputs of every sequence in scan order, older ones from `state`."""
+    if cu_seqlens is None:
+        v = x.flip(1) if reverse else x
+        head = x.new_zeros(x.shape[0], count, x.shape[2]) if state is None else state.to(x.dtype)
+        return torch.cat([head, v], 1)[:, v.shape[1] :].contiguous()
+    start, end = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
+    step = (end - start).unsqueeze(1) - count + torch.arange(count, device=x.device)
+    token = (end - 1).unsqueeze(1) - step if reverse else start.unsqueeze(1) + step
+    inside = (step >= 0).unsqueeze(-1)
+    rows = (
+        x[0, token.clamp(0, max(x.shape[1] - 1, 0))]
+        if x.shape[1]
+        else x.new_zeros(*step.shape, x.shape[2])
+    )
+    if state is None:
+        return torch.where(inside, rows, 0.0)
+    older = (step + count).clamp(max=max(count - 1, 0)).unsqueeze(-1)
+    return torch.where(inside, rows, state.to(x.dtype).take_along_dim(older, 1))
+
+
+def causal_conv1d_step(
+    x: Tensor,
+    state: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+) -> Tensor:
+    """One token of `causal_conv1d`; `state` is moved on in place. No gradient: for inference.
+
+    Args:
+        x: The newest input, (B, D).
+        state: The W - 1 inputs before it, (B, W - 1, D); updated.
+        weight: Taps, (D, W).
+        bias: Added to the sum, (D,).
+        activation: "silu" or None.
+
+    Returns:
+        Output, (B, D), in the dtype of x.
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit.
+    """
+    if not isinstance(x, Tensor) or x.ndim != 2:
+        got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"x must be (B, D), got {got}")
+    _check(x.unsqueeze(1), weight, bias, activation, state, None)
+    with torch.no_grad():
+        window = torch.cat([state.to(x.dtype), x.unsqueeze(1)], 1)
+        dtype = computing_dtype(x, weight, bias)
+        c = (window.to(dtype) * weight.to(dtype).T).sum(1)
+        if bias is not None:
+            c = c + bias.to(dtype)
+        state.copy_(window[:, 1:])
+        return (F.silu(c) if activation == "silu" else c).to(x.dtype)
