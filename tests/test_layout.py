@@ -1,7 +1,6 @@
 """Guards of the repository's layout and of habits that no linter knows."""
 
 import ast
-import importlib.metadata
 import re
 import subprocess
 import sys
@@ -113,9 +112,16 @@ def test_library_neither_prints_nor_unpickles(path: Path):
     assert not unpicklers & {name.partition(".")[0] for name in imports(tree)}
 
 
-def test_version_and_changelog_agree():
-    assert importlib.metadata.version("scanweave") in (ROOT / "CITATION.cff").read_text()
-    assert re.search(r"^## \[", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+def test_version_is_the_same_everywhere():
+    (version,) = re.findall(
+        r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE
+    )
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    assert re.search(
+        r"^## \[Unreleased\]|^## \[" + re.escape(version),
+        (ROOT / "CHANGELOG.md").read_text(),
+        re.MULTILINE,
+    )
 
 
 @pytest.mark.slow
