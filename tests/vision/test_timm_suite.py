@@ -1,0 +1,104 @@
+"""timm's own model tests, from its source distribution, run on our models.
+
+The file is not ours and not in the repository: `python tests/vision/fetch_timm_tests.py` fetches
+the one that belongs to the installed timm, or `TIMM_TESTS` names it. Everything that timm runs on
+every registered model runs here on every `test_*` model of ours; its configuration tests, which
+run on the meta device, on all of our models. Tests that timm ties to one of its own models are
+called with ours where they say something about ours.
+"""
+
+import copy
+import fnmatch
+import runpy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import scanweave.vision  # noqa: F401  (registers the models)
+import timm
+
+SUITE = Path(runpy.run_path(str(Path(__file__).with_name("fetch_timm_tests.py")))["suite_path"]())
+if not SUITE.is_file():
+    pytest.skip(
+        f"no {SUITE}: run tests/vision/fetch_timm_tests.py or set TIMM_TESTS",
+        allow_module_level=True,
+    )
+
+# modules with `forward_intermediates`, and models whose features are tokens, in timm's lists
+MODULES = ["vim"]
+TOKEN_MODELS = ["vim_*", "test_vim*"]
+
+# torch deprecates TorchScript, which timm tests still
+pytestmark = pytest.mark.filterwarnings("default")
+
+
+def _load(source: str) -> dict[str, Any]:
+    """Execute timm's test module with our models in the place of its own."""
+    for name, extra in (("FEAT_INTER_FILTERS", MODULES), ("NON_STD_FILTERS", TOKEN_MODELS)):
+        head = f"{name} = [\n"
+        assert source.count(head) == 1, f"timm's test_models.py has another {name}"
+        source = source.replace(head, head + f"    {', '.join(map(repr, extra))},\n")
+
+    listed = timm.list_models
+
+    def ours(*args: Any, **kwargs: Any) -> list[str]:
+        # models with tags are asked for only by the tests on the meta device
+        globs = TOKEN_MODELS if kwargs.get("include_tags") else ["test_vim*"]
+        return [m for m in listed(*args, **kwargs) if any(fnmatch.fnmatch(m, g) for g in globs)]
+
+    namespace: dict[str, Any] = {"__name__": __name__, "__file__": str(SUITE)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(timm, "list_models", ours)
+        patch.setattr(timm, "list_pretrained", lambda *args, **kwargs: [])
+        exec(compile(source, str(SUITE), "exec"), namespace)
+    return namespace
+
+
+def _for_ours(test: Callable[..., None]) -> bool:
+    """Whether timm parametrises a test with our models."""
+    for mark in getattr(test, "pytestmark", []):
+        if mark.name == "parametrize" and mark.args[0] == "model_name" and mark.args[1]:
+            return all("vim" in name and "efficientvim" not in name for name in mark.args[1])
+    return False
+
+
+_SUITE = _load(SUITE.read_text(encoding="utf-8"))
+cfg_device = _SUITE["cfg_device"]
+globals().update(
+    {n: f for n, f in _SUITE.items() if n.startswith("test_") and callable(f) and _for_ours(f)}
+)
+
+
+def test_suite_has_not_shrunk() -> None:
+    """The tests that apply to token models are all collected."""
+    assert {n.removeprefix("test_model_") for n in globals() if n in _SUITE} >= {
+        "forward",
+        "backward",
+        "default_cfgs_non_std",
+        "forward_torchscript",
+        "forward_intermediates",
+        "forward_intermediates_features",
+        "forward_fx",
+        "backward_fx",
+        "test_prune_intermediate_layers_contract",
+    }
+
+
+SMALL = {"embed_dim": 32, "depth": 3, "img_size": 64}
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("test_model_init_weights_after_to_empty", ("test_vim", SMALL)),
+        ("test_headless_checkpoint_reload", ("test_vim", {"depth": 2})),
+        ("test_relpos_non_square_checkpoint_reload", ("test_vim", {"depth": 2})),
+        ("test_relpos_non_square_set_input_size", ("test_vim", {"depth": 2})),
+        ("test_prune_intermediate_layers_params_used", ("test_vim",)),
+        ("test_pruned_features_torchscript", ("test_vim",)),
+    ],
+)
+def test_timm_says_of_other_models(name: str, arguments: tuple[Any, ...]) -> None:
+    """What timm asks of single models of its own, asked of ours."""
+    _SUITE[name](*copy.deepcopy(arguments))

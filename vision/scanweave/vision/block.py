@@ -1,0 +1,141 @@
+"""One residual layer around a sequence mixer, and its norm.
+
+    x <- x + drop_path(mixer(rms_norm(x)))
+
+Letters: B batch, L tokens, D channels, E inner channels, N state, R rank of dt, W taps.
+
+    at_least_float32   what the residual stream is kept in
+    RmsNorm            float32 inside, whatever comes in
+    MixerBlock         the layer
+"""
+# timm.layers exports its names without saying so to type checkers
+# pyright: reportPrivateImportUsage=false
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath, register_notrace_function, register_notrace_module
+from torch import Tensor, nn
+from torch._jit_internal import is_scripting
+
+from scanweave.core import create_mixer
+
+from .scripting import scan_in_steps
+
+
+# a leaf for torch.fx: the target dtype is known only when it runs
+@torch.fx.wrap
+@register_notrace_function
+def at_least_float32(x: Tensor) -> Tensor:
+    """`x` in float32, or as it is where that is wider."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class RmsNorm(nn.RMSNorm):
+    """RMS norm over channels, computed in float32 or wider, returned in the weight's dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last axis of `x` (..., D), of any floating dtype."""
+        x = at_least_float32(x)
+        y = F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+        return y.to(self.weight.dtype)
+
+
+# a leaf for torch.fx: mixers check shapes, which cannot be traced
+@register_notrace_module
+class MixerBlock(nn.Module):
+    """One layer on the residual stream (B, L, D).
+
+    Args:
+        dim: Channels D.
+        mixer: Name of a registered mixer.
+        mixer_args: Its arguments.
+        norm_eps: Epsilon of the norm.
+        drop_path: Probability that a sample skips the layer in training.
+        device: Where the parameters are made.
+        dtype: Type of the parameters.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        mixer: str,
+        mixer_args: Mapping[str, Any] | None = None,
+        norm_eps: float = 1e-5,
+        drop_path: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.norm = RmsNorm(dim, eps=norm_eps, **dd)
+        self.mixer: Any = create_mixer(mixer, dim, **(mixer_args or {}), **dd)
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        # TorchScript cannot compile a mixer's forward, see _scripted_bimamba
+        torch.jit.ignore(type(self.mixer).forward)
+
+    def init_weights(
+        self, depth: int, official_init: bool = False, needs_reset: bool = True
+    ) -> None:
+        """Draw the parameters, and shrink the way back to the stream by sqrt(depth).
+
+        Args:
+            depth: Layers of the model.
+            official_init: Give bimamba's backward direction step sizes softplus(0) = 0.69.
+            needs_reset: False if norm and mixer have just been made.
+
+        Raises:
+            ValueError: `official_init` with a mixer that has no such direction.
+
+        Source: Radford et al. 2019 (GPT-2), section 2.3: residual layers scaled at the start.
+        """
+        if needs_reset:
+            self.norm.reset_parameters()
+            self.mixer.reset_parameters()
+        out_proj = getattr(self.mixer, "out_proj", None)
+        if isinstance(out_proj, nn.Linear):
+            with torch.no_grad():
+                out_proj.weight.div_(math.sqrt(depth))
+        if official_init:
+            dt_proj_b = getattr(self.mixer, "dt_proj_b", None)
+            if not isinstance(dt_proj_b, nn.Linear):
+                name = self.mixer.info.name
+                raise ValueError(f"official_init must be False for mixer {name!r}, got True")
+            dt_proj_b.reset_parameters()
+            nn.init.zeros_(dt_proj_b.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The stream after this layer, (B, L, D), in the dtype of `x` or wider."""
+        y = self.norm(x)
+        y = self._scripted_bimamba(y) if is_scripting() else self.mixer(y)
+        return x + self.drop_path(y)
+
+    def _scripted_bimamba(self, x: Tensor) -> Tensor:
+        """The mixer "bimamba" for TorchScript; others stop at "no attribute 'conv1d_b'"."""
+        m = self.mixer
+        u, z = m.in_proj(x).chunk(2, -1)
+        u = u.transpose(1, 2)
+        inner, pad = u.shape[1], m.conv1d.weight.shape[2] - 1
+        forth = F.conv1d(F.pad(u, [pad, 0]), m.conv1d.weight, m.conv1d.bias, groups=inner)
+        # the reverse direction convolves from the end: the same taps, mirrored
+        taps = m.conv1d_b.weight.flip(-1)
+        back = F.conv1d(F.pad(u, [0, pad]), taps, m.conv1d_b.bias, groups=inner)
+        forth, back = F.silu(forth).transpose(1, 2), F.silu(back).transpose(1, 2)
+        sizes = [m.dt_proj.weight.shape[1], m.A_log.shape[1], m.A_log.shape[1]]
+        dt, B, C = m.x_proj(forth).split(sizes, -1)
+        dt_b, B_b, C_b = m.x_proj_b(back).split(sizes, -1)
+        A, A_b = torch.exp(at_least_float32(m.A_log)), torch.exp(at_least_float32(m.A_b_log))
+        y = scan_in_steps(
+            (forth, back),
+            (m.dt_proj(dt), m.dt_proj_b(dt_b)),
+            (-A, -A_b),
+            (B, B_b),
+            (C, C_b),
+            (m.D, m.D_b),
+            z,
+        )
+        y = m.out_proj(y)
+        return y * 0.5 if m.average else y
