@@ -9,16 +9,16 @@ called with ours where they say something about ours.
 
 import copy
 import fnmatch
-import runpy
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
-import scanweave.vision  # noqa: F401  (registers the models)
 import timm
+from tests.vision.fetch_timm_tests import suite_path
 
-SUITE = Path(runpy.run_path(str(Path(__file__).with_name("fetch_timm_tests.py")))["suite_path"]())
+import scanweave.vision  # noqa: F401  (registers the models)
+
+SUITE = suite_path()
 if not SUITE.is_file():
     pytest.skip(
         f"no {SUITE}: run tests/vision/fetch_timm_tests.py or set TIMM_TESTS",

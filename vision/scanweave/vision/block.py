@@ -44,8 +44,6 @@ class RmsNorm(nn.RMSNorm):
         return y.to(self.weight.dtype)
 
 
-# a leaf for torch.fx: mixers check shapes, which cannot be traced
-@register_notrace_module
 class MixerBlock(nn.Module):
     """One layer on the residual stream (B, L, D).
 
@@ -139,3 +137,7 @@ class MixerBlock(nn.Module):
         )
         y = m.out_proj(y)
         return y * 0.5 if m.average else y
+
+
+# a leaf for torch.fx: mixers check shapes, which cannot be traced
+register_notrace_module(MixerBlock)

@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import torch
 from timm.layers import (
-    calculate_drop_path_rates,
     get_device_dtype,
     global_pool_nlc,
     lecun_normal_,
@@ -146,7 +145,8 @@ class IsotropicModel(nn.Module):
         own = {"d_state": d_state, "d_conv": d_conv, "expand": expand, "dt_rank": dt_rank}
         config: dict[str, Any] = {k: v for k, v in own.items() if v is not None}
         config.update(mixer_args or {})
-        rates = calculate_drop_path_rates(drop_path_rate, depth)
+        # on the CPU whatever the default device: meta has no values
+        rates = torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
         self.layers = nn.Sequential(
             *(MixerBlock(embed_dim, mixer, config, norm_eps, rate, **dd) for rate in rates)
         )

@@ -20,7 +20,7 @@ from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from torch import Tensor, nn
+from torch import Tensor
 
 from .embed import PatchEmbed, resample_pos_embed
 from .isotropic import IsotropicModel
@@ -32,13 +32,13 @@ class Vim(IsotropicModel):
     """Vision Mamba; arguments and methods are those of `IsotropicModel`."""
 
 
-def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: Vim) -> dict[str, Tensor]:
     """Make a checkpoint fit `model`: unwrap it, strip prefixes, resize positions.
 
     Args:
         state_dict: A Vim state dict of the official code or of ours, with or without head, alone
             or under "model", "state_dict" or "model_ema" of a training checkpoint.
-        model: The `Vim` that will load it.
+        model: What will load it.
 
     Returns:
         The state dict to load, strictly.
@@ -46,7 +46,6 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     Raises:
         ValueError: the checkpoint is of another model, or its position grid is unknown.
     """
-    assert isinstance(model, Vim)
     for key in ("model", "state_dict", "model_ema"):
         if isinstance(state_dict.get(key), Mapping):
             state_dict = dict(state_dict[key])
@@ -79,6 +78,11 @@ def _check_layers(state_dict: Mapping[str, Tensor], model: Vim) -> None:
                 f"state_dict must be of a Vim of this size: {name} must be {tuple(value.shape)}, "
                 f"got {tuple(found[name].shape)}"
             )
+    if ("cls_token" in state_dict) != (model.cls_token is not None):
+        raise ValueError(
+            f"state_dict must {'lack' if model.cls_token is None else 'hold'} cls_token for this "
+            "model; see class_token"
+        )
 
 
 def _some(names: Iterable[str]) -> str:

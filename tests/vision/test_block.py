@@ -1,0 +1,94 @@
+"""The residual layer, its norm, and its scripted form."""
+
+import pytest
+import torch
+
+from scanweave.core import list_mixers
+from scanweave.vision.block import MixerBlock, RmsNorm, at_least_float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32])
+def test_norm_is_computed_in_float32(dtype: torch.dtype, weight_dtype: torch.dtype) -> None:
+    """From any input dtype; large float16 values do not overflow when squared."""
+    norm = RmsNorm(16, eps=1e-5, dtype=weight_dtype)
+    torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
+    x = (300 * torch.randn(2, 3, 16)).to(dtype)
+    out = norm(x)
+    assert out.dtype == weight_dtype
+    wide = x.double()
+    expected = wide * (wide.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * norm.weight.double()
+    limit = 8e-3 if weight_dtype == torch.bfloat16 else 1e-6
+    assert (out.double() - expected).abs().max() < limit * expected.abs().max()
+
+
+def test_at_least_float32() -> None:
+    """Widens, never narrows."""
+    assert at_least_float32(torch.zeros(1, dtype=torch.bfloat16)).dtype == torch.float32
+    assert at_least_float32(torch.zeros(1, dtype=torch.float64)).dtype == torch.float64
+
+
+@pytest.mark.parametrize("mixer", list_mixers(causal=False))
+def test_block_takes_every_mixer(mixer: str) -> None:
+    """X + mixer(norm(x)), and out_proj shrunk by sqrt(depth) where there is one."""
+    block = MixerBlock(32, mixer).eval()
+    x = torch.randn(2, 7, 32)
+    torch.testing.assert_close(block(x), x + block.mixer(block.norm(x)))
+    out_proj = getattr(block.mixer, "out_proj", None)
+    before = None if out_proj is None else out_proj.weight.clone()
+    block.init_weights(depth=16, needs_reset=False)
+    if before is not None:
+        torch.testing.assert_close(out_proj.weight, before / 4)
+
+
+def test_init_after_reset_is_a_fresh_draw() -> None:
+    """`needs_reset` draws norm and mixer again, then scales."""
+    block = MixerBlock(32, "bimamba")
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.fill_(float("nan"))
+    block.init_weights(depth=4)
+    assert all(torch.isfinite(p).all() for p in block.parameters())
+    assert block.mixer.out_proj.weight.abs().max() <= 64**-0.5 / 2
+
+
+def test_drop_path_drops_the_mixer() -> None:
+    """At rate 1 - eps the stream passes unchanged in training, and not in evaluation."""
+    block = MixerBlock(16, "bimamba", drop_path=0.9999999).train()
+    x = torch.randn(4, 5, 16)
+    assert torch.equal(block(x), x)
+    assert not torch.equal(block.eval()(x), x)
+
+
+# torch deprecates TorchScript, which timm users still export with
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
+@pytest.mark.parametrize(
+    "arguments",
+    [{}, {"average": False, "d_state": 3, "d_conv": 2}, {"bias": True, "conv_bias": False}],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_scripted_block_equals_eager(
+    arguments: dict[str, object], dtype: torch.dtype, tmp_path: object
+) -> None:
+    """Outputs and every gradient; also after saving and loading."""
+    block = MixerBlock(24, "bimamba", arguments, dtype=dtype)
+    x = torch.randn(2, 9, 24, dtype=dtype, requires_grad=True)
+    scripted = torch.jit.script(block)
+    path = f"{tmp_path}/block.pt"
+    torch.jit.save(scripted, path)
+    limit = {torch.float32: (1e-4, 1e-5), torch.float64: (1e-10, 1e-10)}[dtype]
+    expected = block(x)
+    torch.testing.assert_close(torch.jit.load(path)(x), expected, rtol=limit[0], atol=limit[1])
+    inputs = [x, *block.parameters()]
+    cotangent = torch.randn_like(expected)
+    got = torch.autograd.grad(scripted(x), inputs, cotangent)
+    want = torch.autograd.grad(expected, inputs, cotangent)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=limit[0], atol=limit[1])
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
+def test_scripting_another_mixer_names_the_reason() -> None:
+    """Only bimamba has a scripted form."""
+    with pytest.raises(RuntimeError, match="has no attribute"):
+        torch.jit.script(MixerBlock(32, "attention_bidirectional"))
