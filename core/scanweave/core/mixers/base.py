@@ -145,8 +145,10 @@ class Mixer(nn.Module):
         Raises:
             ValueError: x does not fit, or this mixer has no state.
         """
-        y, after = self.forward(x.unsqueeze(1), state=state, return_state=True)
-        return y.squeeze(1), after
+        result = self.forward(x.unsqueeze(1), state=state, return_state=True)
+        if not isinstance(result, tuple):
+            raise ValueError(f"step needs a mixer with a state, {self.info.name} has none")
+        return result[0].squeeze(1), result[1]
 
     def state_spec(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape without the batch axis and dtype of every state tensor.

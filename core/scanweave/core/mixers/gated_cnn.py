@@ -78,6 +78,7 @@ class _GatedCNNBase(Mixer):
     def core(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """See `Mixer.core`: the convolution's inputs and outputs without bias."""
         c = self.fc1(x).split(self._widths, -1)[2]
+        assert self.conv.bias is not None
         y = self._convolve(c, None, None)[0] - self.conv.bias
         return c.transpose(1, 2).unsqueeze(-1), y.transpose(1, 2).unsqueeze(-1)
 

@@ -3,6 +3,7 @@
 Letters: B batch, L length, S packed sequences.
 """
 
+import itertools
 import os
 
 import torch
@@ -63,7 +64,7 @@ def check_cu_seqlens_values(cu_seqlens: Tensor, length: int) -> None:
             f"cu_seqlens must start at 0 and end at the length {length}, "
             f"got {ends[0]} and {ends[-1]}"
         )
-    for i, (start, end) in enumerate(zip(ends, ends[1:], strict=False)):
+    for i, (start, end) in enumerate(itertools.pairwise(ends)):
         if end < start:
             raise ValueError(
                 f"cu_seqlens must not fall, got {start} then {end} at positions {i}, {i + 1}"

@@ -1,6 +1,6 @@
 """The Mamba-1 selective scan: one direction, both directions, single step."""
 
-from .op import bidirectional_selective_scan, selective_scan
+from .functions import bidirectional_selective_scan, selective_scan
 from .reference import selective_scan_ref
 from .step import selective_scan_step
 

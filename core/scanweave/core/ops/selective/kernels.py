@@ -1,1 +1,119 @@
-def checkpoints_shape(*a): ...
+"""What the forward and the backward kernel of the selective scan share.
+
+One program runs one sequence for a block of channels, step by step, with the state in registers.
+Nothing is flipped or permuted in memory: direction and packing are addressing. No atomics: sums
+over channels and sequences are partial results that PyTorch adds, so runs repeat bit by bit.
+
+Letters: S sequences, T tokens, D channels, G groups, N state. Equations: `reference.py`, and
+`portable.scan_backward` for the gradients.
+"""
+# Triton's own language: constant branches, static ranges, launch options
+# pyright: reportPossiblyUnboundVariable=false, reportGeneralTypeIssues=false, reportCallIssue=false
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportIndexIssue=false
+# pyright: reportAttributeAccessIssue=false, reportAssignmentType=false
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..launch import LOG2_E, adjacent
+
+Direction = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
+
+# one kept state per 32 steps: 2 bytes a token and channel at N = 16, as one bfloat16 activation
+CHUNK = 32
+
+
+@triton.jit
+def softplus(v):
+    # log(1 + e) = 2 atanh(s), s = e / (2 + e) <= 1/3: no logarithm, and exact for small e.
+    # Chebyshev fit of 2 atanh(s) / s in s * s on [0, 1/9], relative error 4e-9
+    e = tl.exp2(-tl.abs(v) * LOG2_E)
+    s = e / (2.0 + e)
+    w = s * s
+    p = 0.66666317 + w * (0.40024853 + w * (0.27961418 + w * 0.28174657))
+    return tl.maximum(v, 0.0) + s * (2.0 + w * p)
+
+
+@triton.jit
+def load_row(ptr, mask, EVEN: tl.constexpr):
+    if EVEN:
+        return tl.load(ptr)
+    else:
+        return tl.load(ptr, mask=mask, other=0.0)
+
+
+@triton.jit
+def sequence_of(pid_s, cu_ptr, length, chunk, PACKED: tl.constexpr):
+    """Batch row, first token in it, length and first kept state of a program's sequence."""
+    if PACKED:
+        first = tl.load(cu_ptr + pid_s).to(tl.int64)
+        last = tl.load(cu_ptr + pid_s + 1).to(tl.int64)
+        return pid_s * 0, first, (last - first).to(tl.int32), first // chunk + pid_s
+    else:
+        return pid_s, pid_s * 0, length, pid_s * tl.cdiv(length, chunk)
+
+
+def checkpoints_shape(
+    directions: int, x: Tensor, A: Tensor, cu_seqlens: Tensor | None
+) -> tuple[int, int, int, int]:
+    """Shape of the kept states: (K, at most this many chunks, N, D)."""
+    batch, length, dim = x.shape
+    if cu_seqlens is None:
+        chunks = batch * ((length + CHUNK - 1) // CHUNK)
+    else:
+        chunks = length // CHUNK + cu_seqlens.shape[0] - 1
+    return directions, chunks, A.shape[1], dim
+
+
+def tile_shape(dim: int, groups: int, state: int, most: int, widest: int) -> tuple[int, int, int]:
+    """BLOCK_N, BLOCK_D of at most `most` tile elements and `widest` channels, blocks a group."""
+    block_n = triton.next_power_of_2(state)
+    per_group = dim // groups
+    block_d = max(1, min(widest, most // block_n, triton.next_power_of_2(per_group)))
+    return block_n, block_d, triton.cdiv(per_group, block_d)
+
+
+def strides_and_flags(
+    inputs: Direction, z: Tensor | None, cu_seqlens: Tensor | None, reverse: bool, softplus: bool
+) -> tuple[dict[str, int], dict[str, bool | int]]:
+    """Strides and flags that both kernels take, of inputs with adjacent channels."""
+    x, dt, A, B, C, D, bias = inputs
+    strides = {
+        "stride_xb": x.stride(0),
+        "stride_xl": x.stride(1),
+        "stride_dtb": dt.stride(0),
+        "stride_dtl": dt.stride(1),
+        "stride_Bb": B.stride(0),
+        "stride_Bl": B.stride(1),
+        "stride_Bg": B.stride(2),
+        "stride_Cb": C.stride(0),
+        "stride_Cl": C.stride(1),
+        "stride_Cg": C.stride(2),
+        "stride_zb": 0 if z is None else z.stride(0),
+        "stride_zl": 0 if z is None else z.stride(1),
+    }
+    flags = {
+        "STATE": A.shape[1],
+        "HAS_D": D is not None,
+        "HAS_BIAS": bias is not None,
+        "HAS_Z": z is not None,
+        "PACKED": cu_seqlens is not None,
+        "REVERSE": reverse,
+        "SOFTPLUS": softplus,
+    }
+    return strides, flags
+
+
+def prepare(inputs: Direction) -> Direction:
+    """Inputs with adjacent channels; B and C in float32, whose rows every program re-reads."""
+    x, dt, A, B, C, D, bias = inputs
+    return (
+        adjacent(x),
+        adjacent(dt),
+        A.contiguous(),
+        adjacent(B.float()),
+        adjacent(C.float()),
+        D,
+        bias,
+    )

@@ -9,6 +9,8 @@ Letters: B batch, L length, D channels, N state, G groups of channels that share
 S packed sequences. The state is kept in float32, or float64 if an input is.
 """
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -37,7 +39,7 @@ def selective_scan_ref(
         ends = cu_seqlens.tolist()
         out = torch.zeros_like(x)
         states = []
-        for i, (start, end) in enumerate(zip(ends, ends[1:], strict=False)):
+        for i, (start, end) in enumerate(itertools.pairwise(ends)):
             rows = slice(start, end)
             out_i, state = selective_scan_ref(
                 x[:, rows],

@@ -1,189 +1,29 @@
-"""Short depthwise convolution along the length: causal, anti-causal or symmetric.
+"""Short depthwise convolution as a torch operator: registration, gradients, public functions.
 
-    c[t] = bias + sum_j w[j] x[t - left + j]        j = 0 .. W-1, in natural time
-    y[t] = c[t], or silu(c[t])
-
-causal: left = W - 1, so that the last tap meets the newest input. `reverse` mirrors time:
-c[t] = bias + sum_j w[j] x[t + left - j], which equals flipping, convolving and flipping back.
-symmetric: left = (W - 1) / 2. Outside a sequence x is 0, or comes from `initial_state`.
-
-    causal_conv1d_ref    the definition, in plain PyTorch
-    causal_conv1d        what to call; symmetric_conv1d for centred taps
+    causal_conv1d        taps on the past (or, reversed, on the future)
+    symmetric_conv1d     centred taps
     causal_conv1d_step   one token, state updated in place
 
-Letters: B batch, L length, D channels, W taps, S packed sequences.
+Equations and letters: `reference.py`. Why registered this way: `selective/op.py`.
 """
+
+from typing import Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .checks import (
+from ..checks import (
     check_cu_seqlens,
     check_cu_seqlens_values,
     check_tensor,
     computing_dtype,
     on_kernels,
 )
+from . import kernels, portable
 
 MAX_WIDTH = 16
-
-
-def causal_conv1d_ref(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    activation: str | None = None,
-    *,
-    reverse: bool = False,
-    symmetric: bool = False,
-    initial_state: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-) -> Tensor:
-    """The definition, one sequence at a time. Same contract as the public functions."""
-    width = weight.shape[1]
-    left = (width - 1) // 2 if symmetric else width - 1
-    ends = [0, x.shape[1]] if cu_seqlens is None else cu_seqlens.tolist()
-    parts = []
-    for i, (start, end) in enumerate(zip(ends, ends[1:], strict=False)):
-        v = x[:, start:end]
-        v = (v.flip(1) if reverse else v).transpose(1, 2)
-        if initial_state is None:
-            v = F.pad(v, (left, width - 1 - left))
-        else:
-            rows = slice(None) if cu_seqlens is None else slice(i, i + 1)
-            v = torch.cat([initial_state[rows].to(v.dtype).transpose(1, 2), v], 2)
-        dtype = computing_dtype(x, weight)
-        c = F.conv1d(
-            v.to(dtype),
-            weight.to(dtype).unsqueeze(1),
-            None if bias is None else bias.to(dtype),
-            groups=v.shape[1],
-        ).transpose(1, 2)
-        parts.append(c.flip(1) if reverse else c)
-    c = torch.cat(parts, 1) if parts else x
-    return (F.silu(c) if activation == "silu" else c).to(x.dtype)
-
-
-class _Taps:
-    """x as each tap sees it: tap j of token t meets x[t - left + j], mirrored when `reverse`."""
-
-    def __init__(
-        self,
-        x: Tensor,
-        state: Tensor | None,
-        cu_seqlens: Tensor | None,
-        width: int,
-        left: int,
-        reverse: bool,
-    ) -> None:
-        self.x, self.state, self.width, self.left, self.reverse = x, state, width, left, reverse
-        self.packed = cu_seqlens is not None
-        if cu_seqlens is not None:
-            token = torch.arange(x.shape[1], device=x.device)
-            self.sequence = torch.searchsorted(cu_seqlens[1:].long(), token, right=True)
-            start = cu_seqlens[:-1].long()[self.sequence]
-            end = cu_seqlens[1:].long()[self.sequence]
-            # position in scan order, and the tokens that follow there
-            self.before = end - 1 - token if reverse else token - start
-            self.after = token - start if reverse else end - 1 - token
-            self.token = token
-        else:
-            right = width - 1 - left
-            v = x.flip(1) if reverse else x
-            head = x.new_zeros(x.shape[0], left, x.shape[2]) if state is None else state.to(x.dtype)
-            self.padded = F.pad(torch.cat([head, v], 1), (0, 0, 0, right))
-
-    def __call__(self, j: int) -> Tensor:
-        offset = j - self.left
-        if not self.packed:
-            v = self.padded[:, j : j + self.x.shape[1]]
-            return v.flip(1) if self.reverse else v
-        source = self.token - offset if self.reverse else self.token + offset
-        v = self.x[0].index_select(0, source.clamp(0, max(self.x.shape[1] - 1, 0)))
-        inside = (self.before + offset >= 0) & (offset <= self.after)
-        outside = torch.zeros_like(v)
-        if self.state is not None and offset < 0:
-            row = (self.width - 1 + self.before + offset).clamp(max=self.width - 2)
-            outside = self.state.to(v.dtype)[self.sequence, row]
-        return torch.where(inside.unsqueeze(-1), v, outside).unsqueeze(0)
-
-    def add_to_state(self, dstate: Tensor, j: int, v: Tensor) -> None:
-        """dstate[row] += v at the tokens where tap j reads the initial state."""
-        offset = j - self.left
-        if offset >= 0:
-            return
-        if not self.packed:
-            v = v.flip(1) if self.reverse else v
-            count = min(-offset, v.shape[1])
-            dstate[:, j : j + count] += v[:, :count]
-            return
-        hit = (self.before + offset < 0).nonzero().squeeze(1)
-        row = self.width - 1 + self.before[hit] + offset
-        dstate.index_put_((self.sequence[hit], row), v[0, hit], accumulate=True)
-
-
-def _convolve(taps: _Taps, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    w = weight.to(dtype)
-    c = taps(0).to(dtype) * w[:, 0]
-    for j in range(1, weight.shape[1]):
-        c.addcmul_(taps(j).to(dtype), w[:, j])
-    return c if bias is None else c.add_(bias.to(dtype))
-
-
-def _silu_gradient(c: Tensor) -> Tensor:
-    gate = torch.sigmoid(c)
-    return gate * (1 + c * (1 - gate))
-
-
-def _portable_forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    left: int,
-    reverse: bool,
-    silu: bool,
-) -> Tensor:
-    dtype = computing_dtype(x, weight, bias, state)
-    taps = _Taps(x, state, cu_seqlens, weight.shape[1], left, reverse)
-    c = _convolve(taps, weight, bias, dtype)
-    return (F.silu(c, inplace=True) if silu else c).to(x.dtype).contiguous()
-
-
-def _portable_backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    left: int,
-    reverse: bool,
-    silu: bool,
-) -> list[Tensor]:
-    dtype = computing_dtype(x, weight, bias, state)
-    width = weight.shape[1]
-    taps = _Taps(x, state, cu_seqlens, width, left, reverse)
-    dc = dy.to(dtype)
-    if silu:
-        dc = dc * _silu_gradient(_convolve(taps, weight, bias, dtype))
-    # each x[s] reached c[s + left - j] through tap j: the same convolution, mirrored
-    mirrored = _Taps(dc, None, cu_seqlens, width, left, not reverse)
-    dx = _convolve(mirrored, weight, None, dtype)
-    dweight = torch.stack([(taps(j).to(dtype) * dc).sum((0, 1)) for j in range(width)], 1)
-    grads = [dx.to(x.dtype), dweight.to(weight.dtype)]
-    if bias is not None:
-        grads.append(dc.sum((0, 1)).to(bias.dtype))
-    if state is not None:
-        dstate = torch.zeros_like(state, dtype=dtype)
-        for j in range(width - 1):
-            taps.add_to_state(dstate, j, dc * weight[:, j].to(dtype))
-        grads.append(dstate.to(state.dtype))
-    return grads
-
 
 _lib = torch.library.Library("scanweave", "FRAGMENT")
 _INPUTS = (
@@ -208,7 +48,8 @@ def _forward(
 ) -> Tensor:
     if cu_seqlens is not None:
         check_cu_seqlens_values(cu_seqlens, x.shape[1])
-    run = _portable_forward
+    fused = on_kernels(x, weight, bias, state) and weight.shape[1] <= kernels.MAX_WIDTH
+    run = kernels.conv_forward if fused else portable.conv_forward
     return run(x, weight, bias, state, cu_seqlens, left, reverse, silu)
 
 
@@ -223,7 +64,9 @@ def _backward(
     reverse: bool,
     silu: bool,
 ) -> list[Tensor]:
-    run = _portable_backward
+    # a state's gradient is for training on cut sequences only: not worth a kernel
+    fused = on_kernels(x, weight, bias) and weight.shape[1] <= kernels.MAX_WIDTH and state is None
+    run = kernels.conv_backward if fused else portable.conv_backward
     return run(dy, x, weight, bias, state, cu_seqlens, left, reverse, silu)
 
 
@@ -270,7 +113,7 @@ class _ShortConv(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy):
+    def backward(ctx, dy):  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight, bias, state, cu_seqlens = ctx.saved_tensors
         grads = list(_backward_op(dy, x, weight, bias, state, cu_seqlens, *ctx.config))
         dstate = grads.pop() if state is not None else None
@@ -307,6 +150,18 @@ def _check(
         rows = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         letters = "(B, W - 1, D)" if cu_seqlens is None else "(S, W - 1, D)"
         check_tensor("initial_state", initial_state, (rows, width - 1, dim), x, letters)
+
+
+@overload
+def causal_conv1d(
+    *args: Any, return_final_state: Literal[False] = False, **kwargs: Any
+) -> Tensor: ...
+
+
+@overload
+def causal_conv1d(
+    *args: Any, return_final_state: Literal[True], **kwargs: Any
+) -> tuple[Tensor, Tensor]: ...
 
 
 def causal_conv1d(

@@ -1,0 +1,28 @@
+"""What every kernel launcher needs, and the device functions that kernels share."""
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2_E = tl.constexpr(1.0 / math.log(2.0))
+LN_2 = tl.constexpr(math.log(2.0))
+
+
+@triton.jit
+def sigmoid(v):
+    """1 / (1 + exp(-v)) through the hardware's base-2 exponential."""
+    return 1.0 / (1.0 + tl.exp2(-v * LOG2_E))
+
+
+def on_device(x: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device, which need not be that of `x`."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def adjacent(v: Tensor) -> Tensor:
+    """`v` with adjacent channels; a copy only if it has to be."""
+    return v if v.stride(-1) == 1 or v.shape[-1] == 1 else v.contiguous()

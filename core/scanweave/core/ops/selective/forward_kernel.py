@@ -1,0 +1,230 @@
+"""The selective scan in Triton.
+
+The state tile is (N, BLOCK_D) and the next step's rows are loaded before the present step is
+computed. Directions are launched one after another; each later one adds its output to what the
+earlier ones wrote, the last one gates. A training step also keeps the state every CHUNK steps.
+
+Letters: S sequences, T tokens, D channels, G groups, N state. Equations: `reference.py`.
+"""
+# Triton's own language: constant branches, static ranges, launch options
+# pyright: reportPossiblyUnboundVariable=false, reportGeneralTypeIssues=false, reportCallIssue=false
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportIndexIssue=false
+# pyright: reportAttributeAccessIssue=false, reportAssignmentType=false
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..launch import LOG2_E, adjacent, on_device, sigmoid
+from .kernels import (
+    CHUNK,
+    Direction,
+    checkpoints_shape,
+    load_row,
+    prepare,
+    sequence_of,
+    softplus,
+    strides_and_flags,
+    tile_shape,
+)
+
+
+@triton.jit
+def _forward_kernel(
+    x_ptr,
+    dt_ptr,
+    A_ptr,  # (N, D), times log2(e)
+    B_ptr,
+    C_ptr,
+    D_ptr,
+    bias_ptr,
+    z_ptr,
+    h0_ptr,  # (S, D, N)
+    cu_ptr,
+    y_ptr,  # (B, L, D): the sum of directions before the gate
+    out_ptr,  # (B, L, D)
+    h_ptr,  # (S, D, N): the final state
+    keep_ptr,  # (chunks, N, D)
+    length,
+    tokens,
+    dim,
+    per_group,
+    blocks,
+    programs,
+    chunk,
+    stride_xb,
+    stride_xl,
+    stride_dtb,
+    stride_dtl,
+    stride_Bb,
+    stride_Bl,
+    stride_Bg,
+    stride_Cb,
+    stride_Cl,
+    stride_Cg,
+    stride_zb,
+    stride_zl,
+    STATE: tl.constexpr,
+    HAS_D: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_Z: tl.constexpr,
+    HAS_H0: tl.constexpr,
+    PACKED: tl.constexpr,
+    REVERSE: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+    ADD: tl.constexpr,
+    SAVE_Y: tl.constexpr,
+    KEEP: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    LANE_D: tl.constexpr,
+):
+    pid_s = (tl.program_id(0) // programs).to(tl.int64)
+    pid_d = tl.program_id(0) % programs
+    pid_b, first, length, kept = sequence_of(pid_s, cu_ptr, length, chunk, PACKED)
+    group = pid_d // blocks
+    offs_g = (pid_d % blocks) * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask_d = offs_g < per_group
+    offs_d = group * per_group + offs_g
+    offs_n = tl.arange(0, BLOCK_N)
+    mask_n = offs_n < STATE
+    EVEN_N: tl.constexpr = BLOCK_N == STATE
+    # the hint gives every thread whole columns, so that the sum over N needs no other thread
+    tile = offs_n[:, None] * dim + tl.max_contiguous(offs_d, LANE_D)[None, :]
+    state = (pid_s * dim + offs_d[None, :]) * STATE + offs_n[:, None]
+    mask = mask_n[:, None] & mask_d[None, :]
+    A = tl.load(A_ptr + tile, mask=mask, other=0.0)
+    h = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    if HAS_H0:
+        h = tl.load(h0_ptr + state, mask=mask, other=0.0).to(tl.float32)
+    skip = tl.zeros([BLOCK_D], tl.float32)
+    bias = tl.zeros([BLOCK_D], tl.float32)
+    if HAS_D:
+        skip = load_row(D_ptr + offs_d, mask_d, EVEN_D).to(tl.float32)
+    if HAS_BIAS:
+        bias = load_row(bias_ptr + offs_d, mask_d, EVEN_D).to(tl.float32)
+    x_ptr += pid_b * stride_xb + offs_d
+    dt_ptr += pid_b * stride_dtb + offs_d
+    B_ptr += pid_b * stride_Bb + group * stride_Bg + offs_n
+    C_ptr += pid_b * stride_Cb + group * stride_Cg + offs_n
+    if HAS_Z:
+        z_ptr += pid_b * stride_zb + offs_d
+    out = pid_b * tokens * dim + offs_d
+    ahead = -1 if REVERSE else 1
+    if length > 0:
+        row = first + length - 1 if REVERSE else first
+        x_next = load_row(x_ptr + row * stride_xl, mask_d, EVEN_D)
+        dt_next = load_row(dt_ptr + row * stride_dtl, mask_d, EVEN_D)
+        B_next = load_row(B_ptr + row * stride_Bl, mask_n, EVEN_N)
+        C_next = load_row(C_ptr + row * stride_Cl, mask_n, EVEN_N)
+        for c in range(tl.cdiv(length, chunk)):
+            if KEEP:
+                tl.store(keep_ptr + (kept + c) * STATE * dim + tile, h, mask=mask)
+            for t in range(c * chunk, tl.minimum(c * chunk + chunk, length)):
+                x = x_next.to(tl.float32)
+                delta = dt_next.to(tl.float32) + bias
+                B = B_next.to(tl.float32)
+                C = C_next.to(tl.float32)
+                here = out + row * dim
+                if HAS_Z:
+                    z = load_row(z_ptr + row * stride_zl, mask_d, EVEN_D).to(tl.float32)
+                if ADD:
+                    others = load_row(y_ptr + here, mask_d, EVEN_D).to(tl.float32)
+                row = tl.where(t + 1 < length, row + ahead, row)
+                x_next = load_row(x_ptr + row * stride_xl, mask_d, EVEN_D)
+                dt_next = load_row(dt_ptr + row * stride_dtl, mask_d, EVEN_D)
+                B_next = load_row(B_ptr + row * stride_Bl, mask_n, EVEN_N)
+                C_next = load_row(C_ptr + row * stride_Cl, mask_n, EVEN_N)
+                if SOFTPLUS:
+                    delta = softplus(delta)
+                h = tl.exp2(A * delta[None, :]) * h + (delta * x)[None, :] * B[:, None]
+                y = tl.sum(h * C[:, None], 0) + skip * x
+                if ADD:
+                    y += others
+                if SAVE_Y:
+                    tl.store(y_ptr + here, y.to(y_ptr.dtype.element_ty), mask=mask_d)
+                if HAS_Z:
+                    y *= z * sigmoid(z)
+                tl.store(out_ptr + here, y.to(out_ptr.dtype.element_ty), mask=mask_d)
+    tl.store(h_ptr + state, h, mask=mask)
+
+
+def forward(
+    directions: Sequence[Direction],
+    initial_state: Sequence[Tensor | None],
+    z: Tensor | None,
+    cu_seqlens: Tensor | None,
+    reverse: Sequence[bool],
+    softplus: bool,
+    keep_states: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Add the directions, then gate. B and C are (B, L, G, N).
+
+    Returns:
+        out (B, L, D); the sum before the gate, empty unless `keep_states` and `z`; the final
+        states (K, S, D, N) float32; the kept states, empty unless `keep_states`.
+    """
+    x, A = directions[0][0], directions[0][2]
+    batch, length, dim = x.shape
+    sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    save_y = keep_states and z is not None
+    # without a gate, and in inference, directions add up in the output itself
+    y = torch.empty_like(out) if save_y else out
+    final = x.new_empty(len(directions), sequences, dim, A.shape[1], dtype=torch.float32)
+    shape = checkpoints_shape(len(directions), x, A, cu_seqlens) if keep_states else (0,)
+    kept = x.new_empty(shape, dtype=torch.float32)
+    if z is not None:
+        z = adjacent(z)
+    for k, (given, h0) in enumerate(zip(directions, initial_state, strict=True)):
+        if dim == 0 or sequences == 0:
+            break
+        inputs = prepare(given)
+        xk, dt, A, B, C, D, bias = inputs
+        last = k == len(directions) - 1
+        block_n, block_d, blocks = tile_shape(dim, B.shape[2], A.shape[1], most=1024, widest=64)
+        gate = z if last else None
+        strides, flags = strides_and_flags(inputs, gate, cu_seqlens, reverse[k], softplus)
+        programs = B.shape[2] * blocks
+        with on_device(x):
+            _forward_kernel[(sequences * programs,)](
+                xk,
+                dt,
+                (A.float() * LOG2_E.value).t().contiguous(),
+                B,
+                C,
+                D,
+                bias,
+                gate,
+                None if h0 is None else h0.contiguous(),
+                cu_seqlens,
+                y,
+                out if last else y,
+                final[k],
+                kept[k] if keep_states else None,
+                length,
+                length,
+                dim,
+                dim // B.shape[2],
+                blocks,
+                programs,
+                CHUNK if keep_states else max(length, 1),
+                **strides,
+                **flags,
+                HAS_H0=h0 is not None,
+                ADD=k > 0,
+                SAVE_Y=save_y and last,
+                KEEP=keep_states,
+                EVEN_D=(dim // B.shape[2]) % block_d == 0,
+                BLOCK_N=block_n,
+                BLOCK_D=block_d,
+                LANE_D=max(1, block_d // 32),
+                num_warps=1,
+                num_stages=1,
+            )
+    empty = x.new_empty(0)
+    return out, y if save_y else empty, final, kept
