@@ -1,0 +1,58 @@
+"""Sequence mixers as PyTorch Geometric layers: packed, in a chosen node order.
+
+    GraphMambaConv   the layer, a drop-in for `torch_geometric.nn.GPSConv`
+    GraphMamba       a stack of them, in the style of PyG's `BasicGNN`
+    degree_order, …  node orders: plain functions (see `ordering.py`)
+    AddNodeOrder     transform: compute an order once per graph
+    digit_graphs     handwritten digits as pixel graphs; needs no download
+
+`python -m scanweave.graph.train` trains a graph classifier.
+"""
+
+import warnings
+
+try:
+    with warnings.catch_warnings():
+        # PyG scripts a class while it is imported, and new torch versions warn about that
+        warnings.filterwarnings("ignore", "`torch.jit.script", FutureWarning)
+        warnings.filterwarnings("ignore", "`torch.jit.script", DeprecationWarning)
+        import torch_geometric.nn  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        "scanweave.graph needs torch-geometric: pip install 'scanweave[graph]'"
+    ) from error
+
+from .conv import GraphMambaConv
+from .datasets import GraphSplits, load_splits
+from .digits import digit_graphs
+from .model import GraphMamba, gcn_conv, gin_conv
+from .ordering import (
+    ORDERS,
+    Order,
+    bfs_order,
+    degree_order,
+    index_order,
+    pagerank_order,
+    random_order,
+    rcm_order,
+)
+from .transforms import AddNodeOrder
+
+__all__ = [
+    "ORDERS",
+    "AddNodeOrder",
+    "GraphMamba",
+    "GraphMambaConv",
+    "GraphSplits",
+    "Order",
+    "bfs_order",
+    "degree_order",
+    "digit_graphs",
+    "gcn_conv",
+    "gin_conv",
+    "index_order",
+    "load_splits",
+    "pagerank_order",
+    "random_order",
+    "rcm_order",
+]

@@ -1,0 +1,357 @@
+"""Graph Mamba as one PyTorch Geometric layer.
+
+GraphMambaConv   local convolution + sequence mixer over the ordered nodes of each graph + MLP
+"""
+
+import copy
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch_geometric.nn.inits import reset
+from torch_geometric.nn.resolver import activation_resolver, normalization_resolver
+from torch_geometric.typing import Adj, OptTensor
+
+from scanweave.core import Mixer, create_mixer
+
+from .ordering import Order, order_name, resolve_order, tie_noise
+from .packing import (
+    Sequences,
+    count_nodes,
+    edges_of,
+    pack_nodes,
+    positions_in_graph,
+    reverse_sequences,
+)
+
+Ties = Literal["noise", "fresh", "index"]
+
+# the inner width of both Graph Mamba papers' layers; the mixers' own default is twice that
+_MIXER_DEFAULTS: dict[str, dict[str, Any]] = {"mamba": {"expand": 1}, "bimamba": {"expand": 1}}
+
+
+class GraphMambaConv(nn.Module):
+    r"""A GPS layer whose global part is a sequence mixer over the ordered nodes of each graph.
+
+    .. math::
+        \mathbf{H}_L &= \mathrm{Norm}_1(\mathbf{X} + \mathrm{Conv}(\mathbf{X}, \mathbf{A})) \\
+        \mathbf{H}_G &= \mathrm{Norm}_2(\mathbf{X} + \tfrac{1}{K} \sum_{k=1}^{K}
+            \mathbf{P}_k^{\top} \mathrm{Mix}(\mathbf{P}_k \mathbf{X})) \\
+        \mathbf{X}' &= \mathrm{Norm}_3(\mathbf{Z} + \mathrm{MLP}(\mathbf{Z})), \quad
+        \mathbf{Z} = \mathbf{H}_L + \mathbf{H}_G
+
+    where :math:`\mathbf{P}_k` sorts the nodes of every graph by a score such as their degree.
+    A drop-in for :class:`torch_geometric.nn.GPSConv`. All graphs and all :math:`K` orders run as
+    packed sequences in one call of the mixer: nothing is padded, and a graph's output does not
+    depend on the graphs beside it (as far as `norm` keeps to that; batch norm in training does
+    not). With ``mixer="mamba", bidirectional=False, eval_perms=5`` it is the block of
+    `"Graph-Mamba" <https://arxiv.org/abs/2402.00789>`_; the default, both directions, is the
+    node-token layer of `"Graph Mamba Networks" <https://arxiv.org/abs/2402.08678>`_.
+
+    Args:
+        channels: Size of each input and output sample.
+        conv: Local layer, called as `conv(x, edge_index, **kwargs)`; none when absent. If it
+            returns a pair `(x, edge_attr)`, this layer returns such a pair too.
+        mixer: Name of a registered mixer, a :class:`scanweave.core.Mixer`, or :obj:`None` for
+            the same layer without the global part.
+        order: Node order: a function of `ordering.py`'s kind, its name, or several of those.
+        bidirectional: Give a causal mixer a second one, with weights of its own, that reads
+            backwards; both are added. A mixer that is not causal already reads both ways.
+        num_perms: Number :math:`K` of node orders to average; they differ in how ties break.
+        eval_perms: The same in evaluation mode; `num_perms` when absent.
+        ties: How nodes of equal score are ordered: `"noise"`, a hash of seed and position, the
+            same in every call; `"fresh"`, new noise in every training call; `"index"`, as stored.
+        seed: Seed of that noise.
+        dropout: Dropout probability of intermediate embeddings.
+        act: Activation of the MLP.
+        act_kwargs: Arguments of the activation.
+        norm: Normalization, a name or a module class; none when absent.
+        norm_kwargs: Arguments of the normalization.
+        mixer_kwargs: Arguments of the mixer (`mamba` and `bimamba` have ``expand=1`` here).
+
+    Shapes:
+        - **input:** node features :math:`(|\mathcal{V}|, F)`, edge indices
+          :math:`(2, |\mathcal{E}|)`, batch vector :math:`(|\mathcal{V}|)` *(optional)*
+        - **output:** node features :math:`(|\mathcal{V}|, F)`
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        conv: nn.Module | None = None,
+        mixer: str | Mixer | None = "bimamba",
+        order: str | Order | Sequence[str | Order] = "degree",
+        bidirectional: bool = True,
+        num_perms: int = 1,
+        eval_perms: int | None = None,
+        ties: Ties = "noise",
+        seed: int = 0,
+        dropout: float = 0.0,
+        act: str | Callable = "relu",
+        act_kwargs: Mapping[str, Any] | None = None,
+        norm: str | Callable | None = "batch_norm",
+        norm_kwargs: Mapping[str, Any] | None = None,
+        mixer_kwargs: Mapping[str, Any] | None = None,
+    ):
+        super().__init__()
+        if conv is None and mixer is None:
+            raise ValueError("conv must be a layer when mixer is None, got None for both")
+        if ties not in ("noise", "fresh", "index"):
+            raise ValueError(f"ties must be 'noise', 'fresh' or 'index', got {ties!r}")
+        for name, number in (("num_perms", num_perms), ("eval_perms", eval_perms)):
+            if number is not None and number < 1:
+                raise ValueError(f"{name} must be at least 1, got {number}")
+        self.channels = channels
+        self.conv = conv
+        self.orders = resolve_order(order)
+        self.num_perms = num_perms
+        self.eval_perms = num_perms if eval_perms is None else eval_perms
+        self.ties = ties
+        self.seed = seed
+        self.dropout = dropout
+
+        self.mixer = _make_mixer(channels, mixer, mixer_kwargs)
+        self.mixer_backward: Mixer | None = None
+        if self.mixer is not None and not bidirectional and not self.mixer.causal:
+            raise ValueError(
+                "bidirectional must be True for a mixer that is not causal, got False for "
+                f"{self.mixer.info.name}; mixer='mamba' reads one way"
+            )
+        if self.mixer is not None and bidirectional and self.mixer.causal:
+            self.mixer_backward = copy.deepcopy(self.mixer)
+            self.mixer_backward.reset_parameters()
+        self.bidirectional = bidirectional
+
+        self.mlp = nn.Sequential(
+            nn.Linear(channels, channels * 2),
+            activation_resolver(act, **(act_kwargs or {})),
+            nn.Dropout(dropout),
+            nn.Linear(channels * 2, channels),
+            nn.Dropout(dropout),
+        )
+        norms = [
+            normalization_resolver(norm, channels, **(norm_kwargs or {})) if used else None
+            for used in (conv is not None, mixer is not None, True)
+        ]
+        self.norm1, self.norm2, self.norm3 = norms
+        takes = () if norms[2] is None else inspect.signature(norms[2].forward).parameters
+        self.norm_with_batch = "batch" in takes
+        self.norm_with_batch_size = "batch_size" in takes
+
+    def reset_parameters(self) -> None:
+        """Draw every parameter anew, those of `conv` included."""
+        for module in self.children():
+            reset(module)
+
+    def forward(
+        self,
+        x: Tensor,
+        edge_index: Adj,
+        batch: OptTensor = None,
+        *,
+        batch_size: int | None = None,
+        node_order: OptTensor = None,
+        **kwargs: Any,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Run the layer.
+
+        Args:
+            x: Node features, (n, channels).
+            edge_index: Edges (2, E), an `EdgeIndex`, or the transposed sparse adjacency matrix.
+            batch: Graph of every node, (n,) int64, sorted or not; one graph when absent.
+            batch_size: Number of graphs, at least `batch.max() + 1`. Saves reading it from the
+                device, and makes the layer compile without graph breaks.
+            node_order: Score of every node, (n,), to use instead of `order`; ascending.
+            kwargs: Further arguments of `conv`, such as `edge_attr`.
+
+        Returns:
+            Node features (n, channels), dtype of `x`; a pair with the edge features if `conv`
+            returned a pair.
+
+        Raises:
+            ValueError: an argument does not fit the others. With `batch_size` given, graph ids
+                are checked on the CPU only: elsewhere that would wait for the device.
+        """
+        self._check_features(x)
+        edges = edges_of(edge_index)
+        _check_devices(x, edge_index=edges, batch=batch, node_order=node_order)
+        _check_edges(edges, x.size(0))
+        num_graphs = _number_of_graphs(x, batch, batch_size)
+        if batch is None:
+            batch = edges.new_zeros(x.size(0))
+        norm_kwargs: dict[str, Any] = {"batch": batch} if self.norm_with_batch else {}
+        if self.norm_with_batch_size:
+            norm_kwargs["batch_size"] = num_graphs
+
+        edge_attr: Tensor | None = None
+        parts = []
+        if self.conv is not None:
+            h, edge_attr = _split(self.conv(x, edge_index, **kwargs))
+            if h.shape != x.shape:
+                raise ValueError(
+                    f"conv must keep the shape of x: got {tuple(h.shape)}, x is {tuple(x.shape)}"
+                )
+            h = F.dropout(h, p=self.dropout, training=self.training)
+            parts.append(_normed(self.norm1, h + x, norm_kwargs))
+        elif given := [name for name, value in kwargs.items() if value is not None]:
+            raise ValueError(f"conv must be a layer to take {', '.join(given)}, got None")
+
+        if self.mixer is not None:
+            sequences = self.sequences(edges, batch, num_graphs, node_order)
+            h = self._mix(x, sequences)
+            h = F.dropout(h, p=self.dropout, training=self.training)
+            parts.append(_normed(self.norm2, h + x, norm_kwargs))
+
+        out = parts[0] if len(parts) == 1 else parts[0] + parts[1]
+        out = _normed(self.norm3, out + self.mlp(out), norm_kwargs)
+        return out if edge_attr is None else (out, edge_attr)
+
+    @torch.no_grad()
+    def sequences(
+        self,
+        edges: Tensor,
+        batch: Tensor,
+        num_graphs: int,
+        node_order: OptTensor = None,
+    ) -> Sequences:
+        """The packed node sequences of one forward pass, in the current mode.
+
+        Args:
+            edges: Edges, (2, E) int64, as `edges_of` makes them.
+            batch: Graph of every node, (n,) int64.
+            num_graphs: Number of graphs.
+            node_order: Score of every node, (n,), to use instead of `order`.
+
+        Raises:
+            ValueError: `node_order`, or what an order function returned, is not one number per
+                node.
+        """
+        nodes = batch.numel()
+        perms = self.num_perms if self.training else self.eval_perms
+        counts = count_nodes(batch, num_graphs)
+        position = positions_in_graph(batch, counts)
+        if self.ties == "index":
+            ties = position.expand(perms, nodes)
+        elif self.ties == "fresh" and self.training:
+            ties = tie_noise(position, perms, torch.randint(2**32, (), device=batch.device))
+        else:
+            ties = tie_noise(position, perms, self.seed)
+        if node_order is None:
+            scores = [order(edges, batch, ties) for order in self.orders]
+        else:
+            scores = [node_order]
+        for score in scores:
+            if score.shape != (nodes,) and (node_order is not None or score.shape != ties.shape):
+                name = order_name(self.orders) if node_order is None else "node_order"
+                raise ValueError(
+                    f"{name} must give one score per node: got {tuple(score.shape)} "
+                    f"for {nodes} nodes"
+                )
+        return pack_nodes(scores, ties, batch, counts)
+
+    def _mix(self, x: Tensor, sequences: Sequences) -> Tensor:
+        assert self.mixer is not None
+        out = _run(self.mixer, x, sequences)
+        if self.mixer_backward is not None:
+            out = out + _run(self.mixer_backward, x, reverse_sequences(sequences))
+        return out
+
+    def _check_features(self, x: Tensor) -> None:
+        if isinstance(x, (tuple, list)):
+            raise ValueError(
+                f"x must be one tensor, got a {type(x).__name__} of {len(x)}: the mixer needs one "
+                "sequence of nodes, so bipartite edges have to stay in conv layers"
+            )
+        if x.dim() != 2 or x.size(1) != self.channels:
+            raise ValueError(f"x must be (n, {self.channels}), got {tuple(x.shape)}")
+
+    def __repr__(self) -> str:
+        mixer = None if self.mixer is None else self.mixer.info.name
+        # the repr of a conv with an MLP inside spans lines
+        conv = " ".join(repr(self.conv).split())
+        return (
+            f"{self.__class__.__name__}({self.channels}, conv={conv}, mixer={mixer}, "
+            f"order={order_name(self.orders)}, bidirectional={self.bidirectional})"
+        )
+
+
+def _make_mixer(
+    channels: int, mixer: str | Mixer | None, config: Mapping[str, Any] | None
+) -> Mixer | None:
+    if isinstance(mixer, str):
+        return create_mixer(mixer, channels, **{**_MIXER_DEFAULTS.get(mixer, {}), **(config or {})})
+    if config:
+        raise ValueError(f"mixer_kwargs must be None unless mixer is a name, got {dict(config)}")
+    if mixer is None:
+        return None
+    if not isinstance(mixer, Mixer):
+        raise ValueError(f"mixer must be a name, a Mixer or None, got {type(mixer).__name__}")
+    if mixer.d_model != channels:
+        raise ValueError(f"mixer must have d_model = channels = {channels}, got {mixer.d_model}")
+    return mixer
+
+
+def _run(mixer: Mixer, x: Tensor, sequences: Sequences) -> Tensor:
+    """Gather the nodes into sequences, mix, scatter back, average over the K orders."""
+    out = mixer(x[sequences.nodes].unsqueeze(0), cu_seqlens=sequences.cu_seqlens)
+    return out.squeeze(0)[sequences.places].mean(0)
+
+
+def _normed(norm: nn.Module | None, h: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    return h if norm is None else norm(h, **kwargs)
+
+
+def _split(out: Any) -> tuple[Tensor, Tensor | None]:
+    """Node features and, from convs that also update them, edge features."""
+    if isinstance(out, Tensor):
+        return out, None
+    if isinstance(out, tuple) and len(out) == 2 and all(isinstance(item, Tensor) for item in out):
+        return out
+    kinds = [type(item).__name__ for item in out] if isinstance(out, tuple) else type(out).__name__
+    raise ValueError(f"conv must return x or (x, edge_attr), got {kinds}")
+
+
+def _number_of_graphs(x: Tensor, batch: Tensor | None, batch_size: int | None) -> int:
+    if batch is None:
+        if batch_size not in (None, 1):
+            raise ValueError(f"batch_size must be 1 when batch is None, got {batch_size}")
+        return 1
+    if batch.shape != x.shape[:1] or batch.dtype != torch.int64:
+        raise ValueError(
+            f"batch must be ({x.size(0)},) int64 like x: got {tuple(batch.shape)} {batch.dtype}"
+        )
+    if batch_size is not None and batch_size < 0:
+        raise ValueError(f"batch_size must be at least 0, got {batch_size}")
+    # reading numbers back stops a compiled graph and waits for a GPU
+    silent = torch.compiler.is_compiling() or batch.device.type != "cpu"
+    if batch_size is not None and (silent or batch.numel() == 0):
+        return batch_size
+    if batch.numel() == 0:
+        return 1
+    least, most = (int(bound) for bound in torch.stack(batch.aminmax()))
+    if least < 0:
+        raise ValueError(f"batch must hold graph ids of at least 0, got {least}")
+    if batch_size is None:
+        return most + 1
+    if most >= batch_size:
+        raise ValueError(
+            f"batch_size must be at least batch.max() + 1 = {most + 1}, got {batch_size}"
+        )
+    return batch_size
+
+
+def _check_devices(x: Tensor, **tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name} must be on {x.device} like x, got {tensor.device}")
+
+
+def _check_edges(edges: Tensor, nodes: int) -> None:
+    if torch.compiler.is_compiling() or edges.device.type != "cpu" or edges.numel() == 0:
+        return
+    least, most = (int(bound) for bound in edges.aminmax())
+    if least < 0 or most >= nodes:
+        raise ValueError(f"edge_index must hold node ids in [0, {nodes}), got {least} to {most}")

@@ -1,0 +1,127 @@
+"""Packed sequences against a plain sort, and every adjacency form against the edge list."""
+
+import itertools
+
+import pytest
+import torch
+from torch_geometric import EdgeIndex
+from torch_geometric.utils import to_torch_coo_tensor, to_torch_csc_tensor, to_torch_csr_tensor
+
+from scanweave.graph.packing import (
+    count_nodes,
+    edges_of,
+    pack_nodes,
+    positions_in_graph,
+    reverse_sequences,
+)
+
+# torch announces, once per process, that sparse tensors are young and unchecked
+pytestmark = pytest.mark.filterwarnings("ignore:Sparse:UserWarning")
+
+BATCH = torch.tensor([3, 0, 0, 3, 1, 0, 3, 3])
+COUNTS = [3, 1, 0, 4, 0]
+
+
+def packed(perms: int = 2):
+    scores = torch.tensor([2.0, 1.0, 1.0, 0.0, 5.0, 0.5, 2.0, 2.0])
+    ties = torch.stack([torch.randperm(8) for _ in range(perms)])
+    counts = count_nodes(BATCH, 5)
+    return scores, ties, pack_nodes([scores], ties, BATCH, counts)
+
+
+def test_counts_and_positions():
+    counts = count_nodes(BATCH, 5)
+    assert counts.tolist() == COUNTS
+    assert positions_in_graph(BATCH, counts).tolist() == [0, 0, 1, 1, 0, 2, 2, 3]
+
+
+def test_pack_sorts_by_graph_score_and_tie():
+    scores, ties, sequences = packed()
+    expected = [
+        sorted(range(8), key=lambda v: (int(BATCH[v]), float(scores[v]), int(row[v])))
+        for row in ties
+    ]
+    assert sequences.nodes.view(2, 8).tolist() == expected
+    assert sequences.cu_seqlens.tolist() == [0, 3, 4, 4, 8, 8, 11, 12, 12, 16, 16]
+    assert sequences.cu_seqlens.dtype == torch.int32
+
+
+def test_places_undo_nodes():
+    _, _, sequences = packed(3)
+    assert sequences.nodes[sequences.places].equal(torch.arange(8).expand(3, 8))
+
+
+def test_pack_takes_scores_of_each_permutation():
+    ties = torch.zeros(2, 3, dtype=torch.int64)
+    scores = torch.tensor([[0, 1, 2], [2, 1, 0]])
+    one = torch.zeros(3, dtype=torch.int64)
+    sequences = pack_nodes([scores], ties, one, count_nodes(one, 1))
+    assert sequences.nodes.tolist() == [0, 1, 2, 2, 1, 0]
+
+
+def test_reverse_turns_every_sequence_around():
+    _, _, sequences = packed()
+    back = reverse_sequences(sequences)
+    ends = sequences.cu_seqlens.tolist()
+    for start, end in itertools.pairwise(ends):
+        assert back.nodes[start:end].tolist() == sequences.nodes[start:end].flip(0).tolist()
+    assert back.nodes[back.places].equal(torch.arange(8).expand(2, 8))
+
+
+def test_nothing_to_pack():
+    none = torch.empty(0, dtype=torch.int64)
+    sequences = pack_nodes([none], none.view(1, 0), none, count_nodes(none, 2))
+    assert sequences.cu_seqlens.tolist() == [0, 0, 0]
+    assert reverse_sequences(sequences).nodes.numel() == 0
+
+
+EDGES = torch.tensor([[0, 3, 1, 2, 2], [1, 0, 2, 3, 2]])
+
+
+class FakeSparseTensor:
+    """The one method of `torch_sparse.SparseTensor` that counts here."""
+
+    def __init__(self, row, col):
+        self.row, self.col = row, col
+
+    def coo(self):
+        return self.row, self.col, None
+
+
+def transposed(form: str):
+    flipped = EDGES.flip(0)
+    if form == "sparse_tensor":
+        return FakeSparseTensor(*flipped)
+    makers = {"coo": to_torch_coo_tensor, "csr": to_torch_csr_tensor, "csc": to_torch_csc_tensor}
+    return makers[form](flipped, size=(4, 4))
+
+
+@pytest.mark.parametrize("form", ["coo", "csr", "csc", "sparse_tensor"])
+def test_edges_of_every_form_are_the_same(form):
+    found = edges_of(transposed(form))
+    assert found.dtype == torch.int64
+    assert sorted(found.t().tolist()) == sorted(EDGES.t().tolist())
+
+
+def test_edges_of_edge_index():
+    found = edges_of(EdgeIndex(EDGES, sparse_size=(4, 4)))
+    assert type(found) is torch.Tensor
+    assert found.equal(EDGES)
+
+
+def test_edges_of_an_uncoalesced_matrix_leaves_it_alone():
+    matrix = torch.sparse_coo_tensor(EDGES.flip(0), torch.ones(5), (4, 4))
+    assert not matrix.is_coalesced()
+    edges_of(matrix)
+    assert not matrix.is_coalesced()
+
+
+@pytest.mark.parametrize("wrong", [torch.eye(4), EDGES.float(), EDGES[0], EDGES.t()])
+def test_edges_of_refuses_dense_matrices(wrong):
+    with pytest.raises(ValueError, match=r"edge_index must be \(2, E\) int64 or a sparse matrix"):
+        edges_of(wrong)
+
+
+def test_edges_of_refuses_other_objects():
+    with pytest.raises(ValueError, match="edge_index must be a tensor or sparse, got list"):
+        edges_of([[0], [1]])
