@@ -6,6 +6,7 @@ Letters: B batch, L tokens, D channels, (h, w) grid of patches.
     class_index         where the class token stands
     insert_token        puts one token into a sequence
     split_token         takes one token out of a sequence
+    pool_tokens         a sequence to one vector: the class token, or the patches' mean or maximum
     resample_pos_embed  a position table for another grid, the class token's row kept apart
 """
 # timm.layers exports its names without saying so to type checkers
@@ -16,6 +17,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from timm.layers import (
+    global_pool_nlc,
     register_notrace_function,
     resample_abs_pos_embed,
     resample_patch_embed,
@@ -190,6 +192,22 @@ def insert_token(x: Tensor, token: Tensor, index: int) -> Tensor:
 def split_token(x: Tensor, index: int) -> tuple[Tensor, Tensor]:
     """Token (B, 1, D) at place `index` of `x` (B, L, D), and the others (B, L - 1, D)."""
     return x[:, index : index + 1], torch.cat([x[:, :index], x[:, index + 1 :]], dim=1)
+
+
+def pool_tokens(x: Tensor, pool: str, class_position: str) -> Tensor:
+    """Reduce tokens (B, L, D) to (B, D).
+
+    Args:
+        x: Tokens, the class token among them.
+        pool: "token" for the class token, "avg", "max" or "avgmax" for the others, "" for `x`.
+        class_position: Where the class token stands; "" without one.
+    """
+    if pool == "" or class_position == "":
+        return global_pool_nlc(x, pool, num_prefix_tokens=0)
+    token, patches = split_token(x, class_index(x.shape[1] - 1, class_position))
+    if pool == "token":
+        return token[:, 0]
+    return global_pool_nlc(patches, pool, num_prefix_tokens=0)
 
 
 # a leaf for torch.fx: which branch is taken depends on sizes

@@ -14,7 +14,6 @@ from typing import Any, Literal
 import torch
 from timm.layers import (
     get_device_dtype,
-    global_pool_nlc,
     lecun_normal_,
     trunc_normal_,
 )
@@ -29,6 +28,7 @@ from .embed import (
     PatchEmbed,
     class_index,
     insert_token,
+    pool_tokens,
     resample_pos_embed,
     split_token,
 )
@@ -143,8 +143,7 @@ class IsotropicModel(nn.Module):
         self.pos_drop = nn.Dropout(pos_drop_rate)
 
         own = {"d_state": d_state, "d_conv": d_conv, "expand": expand, "dt_rank": dt_rank}
-        config: dict[str, Any] = {k: v for k, v in own.items() if v is not None}
-        config.update(mixer_args or {})
+        config = {k: v for k, v in own.items() if v is not None} | dict(mixer_args or {})
         # on the CPU whatever the default device: meta has no values
         rates = torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
         self.layers = nn.Sequential(
@@ -248,23 +247,19 @@ class IsotropicModel(nn.Module):
             patch_size: Patch side; unchanged when None.
             stride: Step between patches; when None it follows `patch_size` where they are equal.
         """
-        old_grid = self.patch_embed.grid_size
-        self.patch_embed.set_input_size(img_size, patch_size, stride)
-        grid = self.patch_embed.grid_size
-        if self.pos_embed is not None and grid != old_grid:
+        embed = self.patch_embed
+        old_grid = embed.grid_size
+        embed.set_input_size(img_size, patch_size, stride)
+        if self.pos_embed is not None and embed.grid_size != old_grid:
             with torch.no_grad():
                 table = resample_pos_embed(
-                    self.pos_embed, list(grid), list(old_grid), self.class_position
+                    self.pos_embed, list(embed.grid_size), list(old_grid), self.class_position
                 )
             self.pos_embed = nn.Parameter(table, requires_grad=self.pos_embed.requires_grad)
         for info in self.feature_info:
-            info["reduction"] = self.patch_embed.feat_ratio()
-        update_model_input_size(
-            self,
-            self.patch_embed.img_size,
-            patch_size=self.patch_embed.patch_size,
-            stride=self.patch_embed.stride,
-        )
+            info["reduction"] = embed.feat_ratio()
+        sizes = {"patch_size": embed.patch_size, "stride": embed.stride}
+        update_model_input_size(self, embed.img_size, **sizes)
 
     def _embed(self, x: Tensor) -> Tensor:
         """Patches, class token and positions: the residual stream (B, L, D) before layer 0."""
@@ -393,12 +388,7 @@ class IsotropicModel(nn.Module):
     def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
         """Features (B, L, D) to (B, D), or as they are for ""."""
         kind = self.global_pool if pool_type is None else pool_type
-        if kind == "" or self.class_position == "":
-            return global_pool_nlc(x, kind, num_prefix_tokens=0)
-        token, patches = split_token(x, class_index(x.shape[1] - 1, self.class_position))
-        if kind == "token":
-            return token[:, 0]
-        return global_pool_nlc(patches, kind, num_prefix_tokens=0)
+        return pool_tokens(x, kind, self.class_position)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pool, drop, classify; `pre_logits` leaves the classifier out."""
