@@ -55,8 +55,9 @@ def check_cu_seqlens_values(cu_seqlens: Tensor, length: int) -> None:
     """Raise unless `cu_seqlens` never falls and runs from 0 to `length`."""
     if cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing():
         return
-    key = (cu_seqlens._version, length)
-    if _READ_CU_SEQLENS.get(cu_seqlens) == key:
+    # an inference tensor has no version, so nothing tells whether it has changed since
+    key = None if cu_seqlens.is_inference() else (cu_seqlens._version, length)
+    if key is not None and _READ_CU_SEQLENS.get(cu_seqlens) == key:
         return
     ends = cu_seqlens.tolist()
     if ends[0] != 0 or ends[-1] != length:
@@ -69,7 +70,8 @@ def check_cu_seqlens_values(cu_seqlens: Tensor, length: int) -> None:
             raise ValueError(
                 f"cu_seqlens must not fall, got {start} then {end} at positions {i}, {i + 1}"
             )
-    _READ_CU_SEQLENS[cu_seqlens] = key
+    if key is not None:
+        _READ_CU_SEQLENS[cu_seqlens] = key
 
 
 def computing_dtype(*tensors: Tensor | None) -> torch.dtype:

@@ -1,0 +1,56 @@
+"""Decision Mamba agents for offline reinforcement learning.
+
+data        Episode, TrajectoryWindows, load_d4rl, episodes_from_trajectories, record_episodes
+models      DecisionMamba, load_official, BehaviourCloning
+acting      Agent: loss, reset, act, save, load
+measuring   evaluate_agent
+"""
+
+from .agent import Agent, AgentConfig, default_targets
+from .cloning import BehaviourCloning
+from .controllers import CONTROLLERS, Controller
+from .d4rl import load_d4rl, save_d4rl
+from .data import (
+    Episode,
+    TrajectoryWindows,
+    clip_actions,
+    episodes_from_trajectories,
+    keep_batch,
+    return_statistics,
+    state_statistics,
+    top_episodes,
+)
+from .evaluate import Evaluation, TargetResult, evaluate_agent
+from .model import DecisionMamba
+from .official import load_official
+from .record import record_episodes
+from .rollout import Spaces, make_envs, play, read_spaces
+
+__all__ = [
+    "CONTROLLERS",
+    "Agent",
+    "AgentConfig",
+    "BehaviourCloning",
+    "Controller",
+    "DecisionMamba",
+    "Episode",
+    "Evaluation",
+    "Spaces",
+    "TargetResult",
+    "TrajectoryWindows",
+    "clip_actions",
+    "default_targets",
+    "episodes_from_trajectories",
+    "evaluate_agent",
+    "keep_batch",
+    "load_d4rl",
+    "load_official",
+    "make_envs",
+    "play",
+    "read_spaces",
+    "record_episodes",
+    "return_statistics",
+    "save_d4rl",
+    "state_statistics",
+    "top_episodes",
+]

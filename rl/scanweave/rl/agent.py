@@ -1,0 +1,437 @@
+"""An agent: a model with everything it needs to act, in one module and one folder.
+
+Normalisers, the scale of returns, action bounds, context mode and default targets travel with
+the weights; a checkpoint without them (as the published one) cannot act.
+
+    AgentConfig   facts that are not tensors
+    Agent         loss for training; reset and act for roll-outs; save and load
+
+Letters: N environments side by side, B, K, S, A as in `model.py`.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .acting import MODES, PAD_MODES, Memory, Policy, Step, make_memory
+from .cloning import BehaviourCloning
+from .data import Episode, return_statistics, state_statistics
+from .model import DecisionMamba
+
+_FORMAT = 1
+_MODELS: dict[str, type[Policy]] = {
+    "DecisionMamba": DecisionMamba,
+    "BehaviourCloning": BehaviourCloning,
+}
+
+
+@dataclass
+class AgentConfig:
+    """What an agent knows besides tensors; everything here is JSON.
+
+    Attributes:
+        scale: Returns are divided by it before the model sees them.
+        targets: Returns to ask for when `reset` names none; the first is the default.
+        mode: How the past is remembered, one of `scanweave.rl.acting.MODES`.
+        pad_mode: "masked": padding changes nothing. "official": padding is read, with the
+            published model's values, in training and in acting.
+        env_id: Environment the agent was made for.
+        data: Statistics and origin of the training data.
+    """
+
+    scale: float = 1.0
+    targets: list[float] = field(default_factory=list)
+    mode: str = "window"
+    pad_mode: str = "masked"
+    env_id: str = ""
+    data: dict[str, object] = field(default_factory=dict)
+
+
+class Agent(nn.Module):
+    """A trainable, acting, storable agent around a model.
+
+    Args:
+        model: `DecisionMamba` or `BehaviourCloning`.
+        config: See `AgentConfig`.
+        state_mean: Subtracted from states, (S,); 0 when None.
+        state_std: Divides states, (S,); 1 when None.
+        action_low: Lower bounds of a continuous action, (A,); -1 when None. The model's
+            [-1, 1] is mapped to [low, high].
+        action_high: Upper bounds, (A,); 1 when None.
+
+    Raises:
+        ValueError: a mode is unknown, the scale is not positive, or bounds are not finite or
+            not in order.
+    """
+
+    state_mean: Tensor
+    state_std: Tensor
+    action_low: Tensor
+    action_high: Tensor
+
+    def __init__(
+        self,
+        model: Policy,
+        config: AgentConfig | None = None,
+        *,
+        state_mean: ArrayLike | None = None,
+        state_std: ArrayLike | None = None,
+        action_low: ArrayLike | None = None,
+        action_high: ArrayLike | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.config = config = config or AgentConfig()
+        if config.mode not in MODES:
+            raise ValueError(f"mode must be one of {', '.join(MODES)}, got {config.mode!r}")
+        if config.pad_mode not in PAD_MODES:
+            raise ValueError(
+                f"pad_mode must be one of {', '.join(PAD_MODES)}, got {config.pad_mode!r}"
+            )
+        if not config.scale > 0:
+            raise ValueError(f"scale must be positive, got {config.scale}")
+        for name, values, channels, default in (
+            ("state_mean", state_mean, model.state_dim, 0.0),
+            ("state_std", state_std, model.state_dim, 1.0),
+            ("action_low", action_low, model.act_dim, -1.0),
+            ("action_high", action_high, model.act_dim, 1.0),
+        ):
+            given = np.full(channels, default) if values is None else np.asarray(values)
+            if given.shape != (channels,) or not np.isfinite(given).all():
+                raise ValueError(f"{name} must be ({channels},) and finite, got {given}")
+            self.register_buffer(name, torch.tensor(given, dtype=torch.float32))
+        if bool((self.action_low >= self.action_high).any()):
+            raise ValueError(
+                f"action_low must be below action_high, got {action_low} and {action_high}"
+            )
+        self._memory: Memory | None = None
+        self._mode = config.mode
+        self._asked = np.asarray(config.targets[0] if config.targets else np.nan)
+
+    @classmethod
+    def from_episodes(
+        cls,
+        model: Policy,
+        episodes: Sequence[Episode],
+        *,
+        action_low: ArrayLike | None = None,
+        action_high: ArrayLike | None = None,
+        scale: float | None = None,
+        targets: Sequence[float] = (),
+        mode: str = "window",
+        pad_mode: str = "masked",
+        env_id: str = "",
+    ) -> "Agent":
+        """An agent whose normalisers come from the data it will be trained on.
+
+        `scale` None takes the largest absolute return, so that returns-to-go are of size 1;
+        without `targets` the quantiles of `default_targets` are kept.
+        """
+        statistics = return_statistics(episodes)
+        mean, std = state_statistics(episodes)
+        largest = max(abs(statistics["min"]), abs(statistics["max"]))
+        config = AgentConfig(
+            scale=scale or largest or 1.0,
+            targets=[float(target) for target in targets] or default_targets(statistics),
+            mode=mode,
+            pad_mode=pad_mode,
+            env_id=env_id,
+            data=dict(statistics),
+        )
+        return cls(
+            model,
+            config,
+            state_mean=mean,
+            state_std=std,
+            action_low=action_low,
+            action_high=action_high,
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the agent computes."""
+        return self.state_mean.device
+
+    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The training loss of one batch of `TrajectoryWindows`.
+
+        Mean squared error in the model's [-1, 1] units, or cross-entropy for discrete actions,
+        over the real steps only.
+
+        Returns:
+            The loss, and metrics by name, all scalars.
+        """
+        mask, actions = batch["mask"], batch["actions"]
+        targets = actions if self.model.discrete else self._to_model(actions)
+        fed, model_mask = targets, mask
+        if self.config.pad_mode == "official":
+            # the published batches hold -10 in padded actions and are read without a mask
+            model_mask = None
+            fed = fed if self.model.discrete else fed.masked_fill(~mask[..., None], -10.0)
+        predictions = self.model(
+            self._normalise(batch["states"]),
+            fed,
+            batch["returns_to_go"] / self.config.scale,
+            batch["timesteps"],
+            mask=model_mask,
+        )
+        real = mask.sum().clamp(min=1)
+        if self.model.discrete:
+            losses = F.cross_entropy(predictions.flatten(0, 1), targets.flatten(), reduction="none")
+            loss = losses.where(mask.flatten(), 0.0).sum() / real
+            hits = (predictions.argmax(dim=-1) == targets) & mask
+            return loss, {"accuracy": (hits.sum() / real).detach()}
+        errors = (predictions - targets).square().where(mask[..., None], 0.0)
+        loss = errors.sum() / (real * self.model.act_dim)
+        return loss, {"action_error": loss.detach()}
+
+    def reset(
+        self,
+        target_return: ArrayLike | None = None,
+        *,
+        mask: ArrayLike | None = None,
+        num_envs: int | None = None,
+        mode: str | None = None,
+    ) -> None:
+        """Begin new episodes.
+
+        Args:
+            target_return: Return to ask for, one number or one per environment. None: what
+                was asked for last, or the first of `config.targets`.
+            mask: Environments that begin anew, (N,) bool; None begins all, and forgets N.
+            num_envs: N; taken from the next observations when None.
+            mode: Remember the past in another way than `config.mode`, until the next full reset.
+
+        Raises:
+            ValueError: no target is known, or `mask` comes before any full reset.
+        """
+        if mask is not None:
+            if self._memory is None:
+                raise ValueError("mask must follow a reset of all environments, got none before")
+            rows = np.asarray(mask, dtype=bool)
+            if target_return is not None:
+                self._target = np.where(rows, np.asarray(target_return, float), self._target)
+            self._first |= rows
+            return
+        if target_return is not None:
+            self._asked = np.asarray(target_return, dtype=np.float64)
+        if self.model.conditioned and not np.isfinite(self._asked).all():
+            raise ValueError(
+                f"target_return must be finite, or config.targets give one, got {self._asked}"
+            )
+        self._memory = None
+        self._mode = mode or self.config.mode
+        if num_envs is not None:
+            self._begin(num_envs)
+
+    @torch.inference_mode()
+    def act(
+        self,
+        obs: ArrayLike,
+        reward: ArrayLike | None = None,
+        done: ArrayLike | None = None,
+        prev_action: ArrayLike | None = None,
+        *,
+        deterministic: bool = True,
+    ) -> NDArray:
+        """Choose the next action of every environment.
+
+        Args:
+            obs: Observations, (N, S), or (S,) of a single environment.
+            reward: What the last action earned, (N,), in the unit of the training data; None
+                at an episode's first step, and ignored for rows that have just been reset.
+            done: Rows whose episode ended before `obs`, which is the first of the next, (N,)
+                bool; the same as `reset(mask=done)` before this call.
+            prev_action: Action that was really executed, where it differs from the one this
+                agent gave last, in environment units.
+            deterministic: False samples a discrete action from the model's distribution.
+
+        Returns:
+            Actions in environment units: (N, A) float32 or (N,) int64; without N for a single
+            environment.
+
+        Raises:
+            ValueError: a shape does not fit, or sampling is asked of a continuous agent.
+        """
+        if not deterministic and not self.model.discrete:
+            raise ValueError("deterministic must be True for continuous actions, got False")
+        states = np.asarray(obs, dtype=np.float32)
+        single = states.ndim == 1
+        states = states[None] if single else states
+        if states.ndim != 2 or states.shape[1] != self.model.state_dim:
+            raise ValueError(f"obs must be (N, {self.model.state_dim}), got {np.shape(obs)}")
+        if not np.isfinite(states).all():
+            row = int((~np.isfinite(states).all(axis=1)).argmax())
+            raise ValueError(f"obs must be finite, got {states[row]} in row {row}")
+        if self._memory is None:
+            self.reset(mode=self._mode)
+            self._begin(len(states))
+        memory = self._memory
+        assert memory is not None
+        if len(states) != len(self._first):
+            raise ValueError(f"obs must have {len(self._first)} rows, got {len(states)}")
+        if done is not None:
+            self.reset(mask=np.broadcast_to(np.asarray(done, dtype=bool), self._first.shape))
+        self._earn(reward)
+        if prev_action is not None:
+            executed = np.asarray(prev_action)[None] if single else np.asarray(prev_action)
+            self._previous = self._from_env(executed)
+        first = torch.from_numpy(self._first).to(self.device)
+        keep = (~first).view(-1, *[1] * (self._previous.ndim - 1))
+        step = Step(
+            states=self._normalise(torch.from_numpy(states).to(self.device)),
+            previous_actions=self._previous * keep,
+            returns_to_go=self._to_go(),
+            timesteps=torch.from_numpy(self._time).to(self.device),
+            first=first,
+        )
+        if self.training:
+            # acting never drops out; switching costs a walk over all modules
+            self.eval()
+            predictions = memory(step)
+            self.train()
+        else:
+            predictions = memory(step)
+        self._first = np.zeros_like(self._first)
+        self._time += 1
+        actions = self._choose(predictions, deterministic)
+        return actions[0] if single else actions
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write `agent.safetensors` and `agent.json` into a folder.
+
+        Each file appears whole or not at all. The configuration also stands in the header of
+        `agent.safetensors`, which is what `load` reads; the JSON file is for people and tools.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        document = json.dumps(self._document(), indent=2)
+        weights = {name: value.detach().cpu().contiguous() for name, value in _tensors(self)}
+        partial = folder / f".agent.{os.getpid()}"
+        try:
+            save_file(weights, partial, metadata={"agent": document})
+            os.replace(partial, folder / "agent.safetensors")
+            partial.write_text(document + "\n")
+            os.replace(partial, folder / "agent.json")
+        finally:
+            partial.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str], device: torch.device | str = "cpu") -> "Agent":
+        """Read what `save` wrote; needs no data, no environment and no pickle.
+
+        Raises:
+            FileNotFoundError: the folder holds no `agent.safetensors`.
+            ValueError: the file is damaged or not an agent of this format.
+        """
+        path = Path(folder) / "agent.safetensors"
+        if not path.is_file():
+            raise FileNotFoundError(f"no agent at {path}")
+        try:
+            with safe_open(path, framework="pt") as file:
+                document = json.loads((file.metadata() or {}).get("agent", "{}"))
+                weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path}: must be a whole safetensors file: {error}") from error
+        if document.get("format") != _FORMAT or document.get("model") not in _MODELS:
+            raise ValueError(
+                f"{path}: must hold an agent of format {_FORMAT}, got format "
+                f"{document.get('format')!r} and model {document.get('model')!r}"
+            )
+        model = _MODELS[document["model"]](**document["model_config"])
+        agent = cls(model, AgentConfig(**document["config"]))
+        agent.load_state_dict(weights)
+        return agent.to(device).eval()
+
+    def _document(self) -> dict[str, Any]:
+        return {
+            "format": _FORMAT,
+            "model": type(self.model).__name__,
+            "model_config": self.model.config,
+            "config": asdict(self.config),
+            "versions": {"torch": str(torch.__version__), "scanweave": _own_version()},
+        }
+
+    def _begin(self, rows: int) -> None:
+        self._memory = make_memory(self.model, rows, self._mode, self.config.pad_mode)
+        self._first = np.ones(rows, dtype=bool)
+        self._time = np.zeros(rows, dtype=np.int64)
+        # float64: a target less hundreds of rewards must not drift
+        self._target = np.broadcast_to(self._asked, rows).copy()
+        self._earned = np.zeros(rows)
+        shape = (rows,) if self.model.discrete else (rows, self.model.act_dim)
+        kind = torch.int64 if self.model.discrete else torch.float32
+        self._previous = torch.zeros(shape, dtype=kind, device=self.device)
+
+    def _earn(self, reward: ArrayLike | None) -> None:
+        if reward is not None:
+            earned = np.asarray(reward, dtype=np.float64)
+            if earned.size != len(self._earned):
+                raise ValueError(f"reward must be ({len(self._earned)},), got {earned.shape}")
+            self._earned = self._earned + earned.reshape(-1)
+        elif not self._first.all():
+            raise ValueError("reward must be given after an episode's first step, got None")
+        self._earned = np.where(self._first, 0.0, self._earned)
+        self._time = np.where(self._first, 0, self._time)
+
+    def _to_go(self) -> Tensor:
+        to_go = (self._target - self._earned) / self.config.scale
+        return torch.from_numpy(to_go.astype(np.float32))[:, None].to(self.device)
+
+    def _normalise(self, states: Tensor) -> Tensor:
+        return (states - self.state_mean) / self.state_std
+
+    def _to_model(self, actions: Tensor) -> Tensor:
+        return 2 * (actions - self.action_low) / (self.action_high - self.action_low) - 1
+
+    def _from_env(self, actions: NDArray) -> Tensor:
+        if self.model.discrete:
+            return torch.as_tensor(actions, dtype=torch.int64).to(self.device)
+        return self._to_model(torch.as_tensor(actions, dtype=torch.float32).to(self.device))
+
+    def _choose(self, predictions: Tensor, deterministic: bool) -> NDArray:
+        """Actions in environment units; remembers them as executed."""
+        if self.model.discrete:
+            if deterministic:
+                self._previous = predictions.argmax(dim=-1)
+            else:
+                self._previous = torch.multinomial(predictions.softmax(dim=-1), 1)[:, 0]
+            return self._previous.cpu().numpy()
+        self._previous = predictions.float().clamp(-1, 1)
+        span = self.action_high - self.action_low
+        return (self.action_low + (self._previous + 1) / 2 * span).cpu().numpy()
+
+
+def default_targets(statistics: dict[str, float]) -> list[float]:
+    """Returns to ask for, best first: the best in the data, beyond it, and evenly below it.
+
+    "Beyond" adds half the distance between median and best. Multiples of the best would ask for
+    less where returns are negative.
+    """
+    best, low = statistics["max"], statistics["q10"]
+    beyond = best + 0.5 * (best - statistics["q50"])
+    below = [best - share * (best - low) for share in (1 / 3, 2 / 3, 1.0)]
+    return list(dict.fromkeys([best, beyond, *below]))
+
+
+def _tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
+    return list(module.state_dict().items())
+
+
+def _own_version() -> str:
+    try:
+        return version("scanweave")
+    except PackageNotFoundError:
+        return "unknown"

@@ -1,0 +1,174 @@
+"""Measure an agent in its environment, at several returns asked for.
+
+    TargetResult     returns and lengths of the episodes at one target
+    Evaluation       all targets, with the seeds and versions that make the figures repeatable
+    evaluate_agent   agent + environment id -> Evaluation
+
+Every (target, seed) pair is one row of a vector environment and plays one episode, so all
+targets run in one batch and the figures do not depend on how many rows run side by side.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .agent import Agent
+from .rollout import make_envs, play
+
+
+@dataclass(frozen=True)
+class TargetResult:
+    """Episodes played at one target.
+
+    Attributes:
+        target: Return asked for; None for an agent that takes no target.
+        returns: Undiscounted return of every episode, in the order of the seeds.
+        lengths: Steps of every episode.
+    """
+
+    target: float | None
+    returns: list[float]
+    lengths: list[int]
+
+    @property
+    def mean(self) -> float:
+        """Mean return."""
+        return float(np.mean(self.returns))
+
+    @property
+    def std(self) -> float:
+        """Standard deviation of the returns over episodes."""
+        return float(np.std(self.returns))
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Result of `evaluate_agent`.
+
+    Attributes:
+        env_id: Environment.
+        mode: How the agent remembered the past.
+        seeds: Reset seeds, the same for every target.
+        results: One per target, in the order asked.
+        versions: Of the packages that move the figures.
+        steps: Environment steps played.
+        seconds: Wall time of playing.
+    """
+
+    env_id: str
+    mode: str
+    seeds: list[int]
+    results: list[TargetResult]
+    versions: dict[str, str]
+    steps: int
+    seconds: float
+
+    @property
+    def best(self) -> TargetResult:
+        """The target with the highest mean return."""
+        return max(self.results, key=lambda result: result.mean)
+
+    def rows(self) -> list[dict[str, float | int | str | None]]:
+        """One flat row per target, for tables and CSV."""
+        return [
+            {
+                "env_id": self.env_id,
+                "mode": self.mode,
+                "target": result.target,
+                "mean": result.mean,
+                "std": result.std,
+                "length": float(np.mean(result.lengths)),
+                "episodes": len(result.returns),
+            }
+            for result in self.results
+        ]
+
+    def document(self) -> dict[str, Any]:
+        """Everything, ready for JSON."""
+        return asdict(self)
+
+
+def evaluate_agent(
+    agent: Agent,
+    env_id: str | None = None,
+    *,
+    targets: Sequence[float] | None = None,
+    episodes: int = 20,
+    seed: int = 10_000,
+    num_envs: int = 128,
+    mode: str | None = None,
+    env_kwargs: dict[str, Any] | None = None,
+) -> Evaluation:
+    """Play episodes at every target and collect the returns.
+
+    Args:
+        agent: Acts deterministically.
+        env_id: Gymnasium environment; `agent.config.env_id` when None.
+        targets: Returns to ask for; `agent.config.targets` when None. An agent that takes no
+            target is played once.
+        episodes: Per target.
+        seed: Episode i is reset with seed + i.
+        num_envs: Most environments side by side.
+        mode: See `Agent.reset`; `agent.config.mode` when None.
+        env_kwargs: Arguments of the environment, `max_episode_steps` for one without a limit.
+
+    Raises:
+        ValueError: no environment or target is known, or a count is not positive.
+    """
+    env_id = env_id or agent.config.env_id
+    if not env_id:
+        raise ValueError("env_id must be given: the agent was made without an environment")
+    for name, count in (("episodes", episodes), ("num_envs", num_envs)):
+        if count < 1:
+            raise ValueError(f"{name} must be at least 1, got {count}")
+    asked = [float(target) for target in (agent.config.targets if targets is None else targets)]
+    if agent.model.conditioned and not asked:
+        raise ValueError("targets must hold a return, got none and config.targets is empty")
+    asked = asked if agent.model.conditioned else [0.0]
+    seeds = [seed + i for i in range(episodes)]
+    jobs = [(target, number) for target in asked for number in seeds]
+    played = []
+    began = time.perf_counter()
+    for start in range(0, len(jobs), num_envs):
+        part = jobs[start : start + num_envs]
+        envs = make_envs(env_id, len(part), env_kwargs=env_kwargs)
+        agent.reset([target for target, _ in part], num_envs=len(part), mode=mode)
+
+        def act(states: NDArray, rewards: NDArray, fresh: NDArray) -> NDArray:
+            return agent.act(states, rewards, fresh)
+
+        played += [row[0] for row in play(envs, act, seeds=[number for _, number in part])]
+        envs.close()
+    seconds = time.perf_counter() - began
+    results = [
+        TargetResult(
+            target=target if agent.model.conditioned else None,
+            returns=[episode.total_reward for episode in played[i * episodes :][:episodes]],
+            lengths=[len(episode) for episode in played[i * episodes :][:episodes]],
+        )
+        for i, target in enumerate(asked)
+    ]
+    return Evaluation(
+        env_id=env_id,
+        mode=mode or agent.config.mode,
+        seeds=seeds,
+        results=results,
+        versions=_versions(),
+        steps=sum(len(episode) for episode in played),
+        seconds=seconds,
+    )
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in ("scanweave", "torch", "numpy", "gymnasium", "mujoco"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

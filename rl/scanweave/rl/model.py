@@ -1,0 +1,355 @@
+"""Decision Mamba: the Decision Transformer with a selective state space in place of attention.
+
+Every environment step becomes three tokens, the return still to be earned, the state and the
+action, (R_1, s_1, a_1, R_2, s_2, a_2, ...). A causal stack reads them; the output at a state
+token, which has seen returns and states up to now and actions before now, is the action.
+
+    x <- x + mixer(norm(x));   x <- x + MLP(norm(x))        n_layer times
+
+    Block            one pre-norm layer with those two branches
+    DecisionMamba    tokens, stack and head; parameter names are the published model's
+
+Letters: B batch, K environment steps, S state channels, A action channels or choices,
+D model channels, T rows of the timestep table.
+
+Source: Ota 2024, arXiv 2403.19925, section 3; Chen et al. 2021, arXiv 2106.01345, section 3.
+Names and defaults:
+https://github.com/Toshihiro-Ota/decision-mamba/blob/35f99441975c47f8652f82e37b63998d360521e6/gym/models/decision_mamba.py#L74
+Differences from it: `rl/README.md`.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from scanweave.core import create_mixer, mixer_info
+
+MixerState = dict[str, Tensor]
+
+
+class Block(nn.Module):
+    """One layer: a causal mixer along the tokens, then an MLP on every token.
+
+    The attribute of the mixer is called `mamba` whichever mixer it is, so that published
+    weights load by name.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        n_inner: int,
+        *,
+        mixer: str,
+        mixer_kwargs: Mapping[str, object],
+        dropout: float,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.norm_mamba = nn.LayerNorm(hidden_size, **dd)
+        self.mamba = create_mixer(mixer, hidden_size, **mixer_kwargs, **dd)
+        self.ln_2 = nn.LayerNorm(hidden_size, **dd)
+        self.mlp_channels = nn.Sequential(
+            nn.Linear(hidden_size, n_inner, **dd),
+            nn.GELU(),
+            nn.Linear(n_inner, hidden_size, **dd),
+            nn.Dropout(dropout),
+        )
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """Whole sequences: (B, L, D) to (B, L, D), `mask` (B, L) True at real tokens."""
+        mixed = self.mamba(self.norm_mamba(x), mask=mask)
+        assert isinstance(mixed, Tensor)
+        x = x + mixed
+        return x + self.mlp_channels(self.ln_2(x))
+
+    def step(self, x: Tensor, state: MixerState) -> tuple[Tensor, MixerState]:
+        """The next token of running sequences, (B, D), and the state after it."""
+        mixed, state = self.mamba.step(self.norm_mamba(x), state)
+        x = x + mixed
+        return x + self.mlp_channels(self.ln_2(x)), state
+
+
+class _Stack(nn.Module):
+    """Dropout, blocks, final norm; exists for the published names `transformer.*`."""
+
+    def __init__(self, blocks: list[Block], norm: nn.LayerNorm, dropout: float) -> None:
+        super().__init__()
+        self.drop = nn.Dropout(dropout)
+        self.h = nn.ModuleList(blocks)
+        self.ln_f = norm
+
+
+class DecisionMamba(nn.Module):
+    """Predict each action from the returns wanted, the states seen and the actions done.
+
+    Args:
+        state_dim: Channels of a (flat) state, S.
+        act_dim: Channels of a continuous action, or the number of choices, A.
+        hidden_size: Model channels, D.
+        n_layer: Blocks.
+        max_length: Steps of context the model is trained with, K; `forward` takes any number.
+        max_ep_len: Rows of the timestep table, T; later steps share the last row.
+        mixer: A causal mixer of `scanweave.core.list_mixers(causal=True)`.
+        mixer_kwargs: Arguments of the mixer.
+        n_inner: Width of the MLP; 4 * hidden_size when None.
+        dropout: Rate after each MLP and after the token embedding, 0.1 in the paper.
+        remove_act_embs: Leave out action tokens: (R_1, s_1, R_2, s_2, ...).
+        timestep_embedding: Add a learned vector per step of the episode to its tokens.
+        action_tanh: End a continuous head with tanh, for actions in [-1, 1].
+        discrete: Actions are classes: the head returns A logits.
+        init: "mamba" leaves each mixer its own initialisation; "official" redraws every Linear
+            of the mixers from N(0, 0.02) with zero bias as the published model does, which
+            wipes Mamba's step sizes (README, trap 2).
+        device: Where to build.
+        dtype: Type of the parameters.
+
+    Raises:
+        ValueError: a size is not positive, `init` is unknown, the mixer is unknown or not
+            causal: a mixer that reads later tokens would see the action it must predict.
+    """
+
+    # reads the return that is asked for
+    conditioned = True
+
+    def __init__(
+        self,
+        state_dim: int,
+        act_dim: int,
+        hidden_size: int = 128,
+        n_layer: int = 3,
+        max_length: int = 20,
+        max_ep_len: int = 1000,
+        *,
+        mixer: str = "mamba",
+        mixer_kwargs: Mapping[str, object] | None = None,
+        n_inner: int | None = None,
+        dropout: float = 0.1,
+        remove_act_embs: bool = False,
+        timestep_embedding: bool = True,
+        action_tanh: bool = True,
+        discrete: bool = False,
+        init: str = "mamba",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        for name, size in (
+            ("state_dim", state_dim),
+            ("act_dim", act_dim),
+            ("hidden_size", hidden_size),
+            ("n_layer", n_layer),
+            ("max_length", max_length),
+            ("max_ep_len", max_ep_len),
+            ("n_inner", 4 * hidden_size if n_inner is None else n_inner),
+        ):
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}")
+        if init not in ("mamba", "official"):
+            raise ValueError(f"init must be 'mamba' or 'official', got {init!r}")
+        if not mixer_info(mixer).causal:
+            raise ValueError(f"mixer must be causal for an acting agent, got {mixer!r}")
+        inner = 4 * hidden_size if n_inner is None else n_inner
+        self.state_dim, self.act_dim, self.discrete = state_dim, act_dim, discrete
+        self.max_length, self.max_ep_len = max_length, max_ep_len
+        self.remove_act_embs = remove_act_embs
+        self.config: dict[str, object] = {
+            "state_dim": state_dim,
+            "act_dim": act_dim,
+            "hidden_size": hidden_size,
+            "n_layer": n_layer,
+            "max_length": max_length,
+            "max_ep_len": max_ep_len,
+            "mixer": mixer,
+            "mixer_kwargs": dict(mixer_kwargs or {}),
+            "n_inner": inner,
+            "dropout": dropout,
+            "remove_act_embs": remove_act_embs,
+            "timestep_embedding": timestep_embedding,
+            "action_tanh": action_tanh,
+            "discrete": discrete,
+            "init": init,
+        }
+        dd = {"device": device, "dtype": dtype}
+        blocks = [
+            Block(
+                hidden_size,
+                inner,
+                mixer=mixer,
+                mixer_kwargs=mixer_kwargs or {},
+                dropout=dropout,
+                device=device,
+                dtype=dtype,
+            )
+            for _ in range(n_layer)
+        ]
+        self.transformer = _Stack(blocks, nn.LayerNorm(hidden_size, **dd), dropout)
+        self.embed_timestep = (
+            nn.Embedding(max_ep_len, hidden_size, **dd) if timestep_embedding else None
+        )
+        self.embed_return = nn.Linear(1, hidden_size, **dd)
+        self.embed_state = nn.Linear(state_dim, hidden_size, **dd)
+        self.embed_action = (nn.Embedding if discrete else nn.Linear)(act_dim, hidden_size, **dd)
+        self.embed_ln = nn.LayerNorm(hidden_size, **dd)
+        head: list[nn.Module] = [nn.Linear(hidden_size, act_dim, **dd)]
+        if action_tanh and not discrete:
+            head.append(nn.Tanh())
+        self.predict_action = nn.Sequential(*head)
+        self._init_stack()
+
+    @property
+    def recurrent(self) -> bool:
+        """Whether `step` works: the mixer has a finite state."""
+        return self._blocks[0].mamba.recurrent
+
+    def forward(
+        self,
+        states: Tensor,
+        actions: Tensor,
+        returns_to_go: Tensor,
+        timesteps: Tensor,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """Predict the action of every step of a batch of windows.
+
+        Args:
+            states: Normalised states, (B, K, S).
+            actions: Actions done, (B, K, A), or (B, K) int64 when discrete. The last is not read.
+            returns_to_go: Scaled returns still to be earned, (B, K, 1).
+            timesteps: Steps since the episode began, (B, K) int64.
+            mask: True at real steps, (B, K) bool. Padding then changes nothing at real steps,
+                on whichever side it is. None reads every step, as the published model does.
+
+        Returns:
+            Actions (B, K, A), logits when discrete. Undefined where `mask` is False.
+
+        Raises:
+            ValueError: a shape does not fit the others.
+        """
+        steps = self._check(states, actions, returns_to_go, timesteps, mask)
+        tokens = [self.embed_return(returns_to_go), self.embed_state(states)]
+        if not self.remove_act_embs:
+            tokens.append(self.embed_action(actions))
+        when = self._when(timesteps)
+        x = torch.stack([token if when is None else token + when for token in tokens], dim=2)
+        x = self.transformer.drop(self.embed_ln(x.flatten(1, 2)))  # (B, 3K, D)
+        if mask is not None:
+            mask = mask.repeat_interleave(len(tokens), dim=1)
+        for block in self._blocks:
+            x = block(x, mask)
+        x = x.unflatten(1, (steps, len(tokens)))[:, :, 1]
+        return self.predict_action(self.transformer.ln_f(x))
+
+    def init_state(self, batch: int) -> list[MixerState]:
+        """What `step` needs before the first step of `batch` episodes: a state per block."""
+        return [block.mamba.init_state(batch) for block in self._blocks]
+
+    def step(
+        self,
+        states: Tensor,
+        previous_actions: Tensor,
+        returns_to_go: Tensor,
+        timesteps: Tensor,
+        carried: list[MixerState],
+        first: Tensor | None = None,
+    ) -> tuple[Tensor, list[MixerState]]:
+        """Advance by one environment step at a cost that does not grow with the episode.
+
+        Args:
+            states: Normalised states, (B, S).
+            previous_actions: Actions of the step before, (B, A) or (B,) int64.
+            returns_to_go: Scaled, (B, 1).
+            timesteps: (B,) int64.
+            carried: From `init_state` or the last `step`.
+            first: Rows whose episode begins, (B,) bool: what they carried is forgotten and
+                they have no previous action. None where no row begins.
+
+        Returns:
+            Action predictions (B, A), equal to the last of `forward` over the same steps, and
+            what to carry on. Without gradients `carried` is updated in place.
+
+        Raises:
+            ValueError: the mixer has no finite state.
+        """
+        if not self.recurrent:
+            raise ValueError(f"mixer must be recurrent for step, got {self.config['mixer']!r}")
+        tokens = [self.embed_return(returns_to_go), self.embed_state(states)]
+        now = self._when(timesteps)
+        if now is not None:
+            tokens = [token + now for token in tokens]
+        if not self.remove_act_embs:
+            action = self.embed_action(previous_actions)
+            before = self._when((timesteps - 1).clamp(min=0))
+            _, carried = self._advance(action if before is None else action + before, carried)
+        if first is not None:
+            carried = [
+                _replace_rows(state, block.mamba.init_state(1), first)
+                for block, state in zip(self._blocks, carried, strict=True)
+            ]
+        _, carried = self._advance(tokens[0], carried)
+        x, carried = self._advance(tokens[1], carried)
+        return self.predict_action(self.transformer.ln_f(x)), carried
+
+    def _advance(self, token: Tensor, carried: list[MixerState]) -> tuple[Tensor, list[MixerState]]:
+        x = self.transformer.drop(self.embed_ln(token))
+        following = []
+        for block, state in zip(self._blocks, carried, strict=True):
+            x, state = block.step(x, state)
+            following.append(state)
+        return x, following
+
+    @property
+    def _blocks(self) -> list[Block]:
+        return [block for block in self.transformer.h if isinstance(block, Block)]
+
+    def _when(self, timesteps: Tensor) -> Tensor | None:
+        if self.embed_timestep is None:
+            return None
+        return self.embed_timestep(timesteps.clamp(max=self.max_ep_len - 1))
+
+    def _init_stack(self) -> None:
+        """GPT-2's draw inside the stack; modules outside keep PyTorch's defaults."""
+        for block in self._blocks:
+            part = block if self.config["init"] == "official" else block.mlp_channels
+            for module in part.modules():
+                if isinstance(module, nn.Linear):
+                    nn.init.normal_(module.weight, std=0.02)
+                    if module.bias is not None:
+                        nn.init.zeros_(module.bias)
+
+    def _check(
+        self,
+        states: Tensor,
+        actions: Tensor,
+        returns_to_go: Tensor,
+        timesteps: Tensor,
+        mask: Tensor | None,
+    ) -> int:
+        """Steps K of inputs that fit each other."""
+        if states.ndim != 3 or states.shape[2] != self.state_dim:
+            raise ValueError(f"states must be (B, K, {self.state_dim}), got {tuple(states.shape)}")
+        batch, steps, _ = states.shape
+        given = {"actions": actions, "returns_to_go": returns_to_go, "timesteps": timesteps}
+        shapes = {
+            "actions": (batch, steps) if self.discrete else (batch, steps, self.act_dim),
+            "returns_to_go": (batch, steps, 1),
+            "timesteps": (batch, steps),
+        }
+        if mask is not None:
+            given["mask"], shapes["mask"] = mask, (batch, steps)
+        for name, tensor in given.items():
+            if tensor.shape != shapes[name]:
+                raise ValueError(f"{name} must be {shapes[name]}, got {tuple(tensor.shape)}")
+        if mask is not None and mask.dtype != torch.bool:
+            raise ValueError(f"mask must be bool, got {mask.dtype}")
+        return steps
+
+
+def _replace_rows(state: MixerState, blank: MixerState, rows: Tensor) -> MixerState:
+    """`state` with the rows marked True taken from the one-row state `blank`."""
+    return {
+        name: torch.where(rows.view(-1, *[1] * (value.ndim - 1)), blank[name], value)
+        for name, value in state.items()
+    }
