@@ -135,8 +135,8 @@ class MixerBlock(nn.Module):
             (m.D, m.D_b),
             z,
         )
-        y = m.out_proj(y)
-        return y * 0.5 if m.average else y
+        scale = 0.5 if m.average else 1.0
+        return F.linear(y, scale * m.out_proj.weight, m.out_proj.bias)
 
 
 # a leaf for torch.fx: mixers check shapes, which cannot be traced

@@ -121,6 +121,24 @@ class _ShortConv(torch.autograd.Function):
         return (*grads, dbias, dstate, None, None, None, None)
 
 
+@torch.library.impl(_lib, "short_conv", "Autograd")
+def _(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    left: int,
+    reverse: bool,
+    silu: bool,
+) -> Tensor:
+    tensors = (x, weight, bias, state)
+    if torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in tensors):
+        return _ShortConv.apply(*tensors, cu_seqlens, left, reverse, silu)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _forward_op(*tensors, cu_seqlens, left, reverse, silu)
+
+
 def _check(
     x: Tensor,
     weight: Tensor,

@@ -26,6 +26,7 @@ CHUNK = 32
 
 @triton.jit
 def softplus(v):
+    """log(1 + exp(v)), to float32 rounding everywhere."""
     # log(1 + e) = 2 atanh(s), s = e / (2 + e) <= 1/3: no logarithm, and exact for small e.
     # Chebyshev fit of 2 atanh(s) / s in s * s on [0, 1/9], relative error 4e-9
     e = tl.exp2(-tl.abs(v) * LOG2_E)
@@ -37,6 +38,7 @@ def softplus(v):
 
 @triton.jit
 def load_row(ptr, mask, EVEN: tl.constexpr):
+    """Load a row, without a mask where the block is full."""
     if EVEN:
         return tl.load(ptr)
     else:

@@ -1,12 +1,12 @@
 """Selective scan as a torch operator: registration and gradients.
 
-One registered op runs any number of directions over the same tokens and adds them; the device of
-the tensors decides how: CUDA float32, bfloat16 and float16 through the Triton kernels, everything else
-through `portable.py`. Equations and letters: `reference.py`.
+One registered op runs any number of directions over the same tokens and adds them. The device of
+the tensors decides how: on a GPU float32, bfloat16 and float16 run through the Triton kernels,
+everything else through `portable.py`. Equations and letters: `reference.py`.
 
 Registered by `Library.define` + `impl` with an `autograd.Function` around it, not by
-`custom_op`: 8 us against 24 us a call on a CPU, and a roll-out is many small calls. The price:
-`torch.ops.scanweave.selective_scan` called directly has no gradient.
+`custom_op`: 8 us against 24 us a call on a CPU, and a roll-out is many small calls. The same
+Function is the op's Autograd implementation, for programs that call the op itself (exported ones).
 """
 
 from collections.abc import Sequence
@@ -226,7 +226,9 @@ class SelectiveScan(torch.autograd.Function):
     @staticmethod
     def forward(ctx, reverse, dt_softplus, has, training, cu_seqlens, *tensors):  # noqa: D102
         lists, z = _unflatten(tensors, len(reverse), has)
-        out, y, final, kept = _forward_op(*lists, z, cu_seqlens, reverse, dt_softplus, training)
+        out, y, final, kept = _forward_op(
+            *lists, z, cu_seqlens, list(reverse), dt_softplus, training
+        )
         ctx.save_for_backward(cu_seqlens, y, kept, *tensors)
         ctx.reverse, ctx.dt_softplus, ctx.has = reverse, dt_softplus, has
         ctx.set_materialize_grads(False)
@@ -234,13 +236,13 @@ class SelectiveScan(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dout, dfinal):  # noqa: D102  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx, dout, dfinal):  # noqa: D102 # pyright: ignore[reportIncompatibleMethodOverride]
         cu_seqlens, y, kept, *tensors = ctx.saved_tensors
         lists, z = _unflatten(tensors, len(ctx.reverse), ctx.has)
         if dout is None:
             dout = torch.zeros_like(tensors[0])
         grads = _backward_op(
-            dout, dfinal, *lists, z, cu_seqlens, ctx.reverse, ctx.dt_softplus, y, kept
+            dout, dfinal, *lists, z, cu_seqlens, list(ctx.reverse), ctx.dt_softplus, y, kept
         )
         return None, None, None, None, None, *grads
 
@@ -257,3 +259,32 @@ def _unflatten(
         lists.append(list(tensors[start:stop]))
         start = stop
     return lists, tensors[start] if has_z else None
+
+
+def _differentiable(
+    x: list[Tensor],
+    dt: list[Tensor],
+    A: list[Tensor],
+    B: list[Tensor],
+    C: list[Tensor],
+    D: list[Tensor],
+    dt_bias: list[Tensor],
+    initial_state: list[Tensor],
+    z: Tensor | None,
+    cu_seqlens: Tensor | None,
+    reverse: list[bool],
+    dt_softplus: bool,
+    training: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tensors = [*x, *dt, *A, *B, *C, *D, *dt_bias, *initial_state, *([] if z is None else [z])]
+    if not (torch.is_grad_enabled() and any(v.requires_grad for v in tensors)):
+        inputs = (x, dt, A, B, C, D, dt_bias, initial_state)
+        with torch._C._AutoDispatchBelowAutograd():
+            return _forward_op(*inputs, z, cu_seqlens, reverse, dt_softplus, training)
+    has = (bool(D), bool(dt_bias), bool(initial_state), z is not None)
+    out, final = SelectiveScan.apply(tuple(reverse), dt_softplus, has, True, cu_seqlens, *tensors)
+    # what only the backward reads stays inside the Function
+    return out, out.new_empty(0), final, out.new_empty(0)
+
+
+_lib.impl("selective_scan", _differentiable, "Autograd")
