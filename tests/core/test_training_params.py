@@ -1,0 +1,98 @@
+"""Which parameters `param_groups` decays, and how it splits them."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from scanweave.core.training import param_groups
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_proj = nn.Linear(4, 6)
+        self.norm = nn.LayerNorm((2, 6))
+        self.A_log = nn.Parameter(torch.zeros(6, 3))
+        self.A_b_log = nn.Parameter(torch.zeros(6, 3))
+        self.D = nn.Parameter(torch.zeros(2, 6))
+        self.D_b = nn.Parameter(torch.zeros(2, 6))
+        self.dt_bias = nn.Parameter(torch.zeros(2, 3))
+        self.gate = nn.Parameter(torch.zeros(2, 2))
+        self.table = nn.Parameter(torch.zeros(2, 2))
+
+    def no_weight_decay(self) -> set[str]:
+        return {"tab*"}
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(5, 4)
+        self.pos_embed = nn.Parameter(torch.zeros(1, 5, 4))
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, 4))
+        self.blocks = nn.ModuleList([Block(), Block()])
+        self.head = nn.Linear(4, 2)
+        self.tied = nn.Linear(4, 2)
+        self.tied.weight = self.head.weight
+
+    def no_weight_decay(self) -> list[str]:
+        return ["blocks.0.gate"]
+
+
+def names_by_decay(model: nn.Module, groups: list[dict[str, Any]]) -> dict[float, set[str]]:
+    names = {id(p): n for n, p in model.named_parameters()}
+    result: dict[float, set[str]] = {}
+    for group in groups:
+        found = {names[id(p)] for p in group["params"]}
+        result.setdefault(group["weight_decay"], set()).update(found)
+    return result
+
+
+def test_only_matrices_are_decayed() -> None:
+    model = Model()
+    split = names_by_decay(model, param_groups(model, 0.1))
+    assert split[0.1] == {
+        "blocks.0.in_proj.weight",
+        "blocks.1.in_proj.weight",
+        "blocks.1.gate",
+        "head.weight",
+    }
+    assert split[0.0] == {n for n, _ in model.named_parameters()} - split[0.1]
+
+
+def test_every_parameter_appears_once() -> None:
+    model = Model()
+    params = [p for group in param_groups(model, 0.1) for p in group["params"]]
+    assert len(params) == len({id(p) for p in params}) == len(list(model.parameters()))
+
+
+def test_marked_parameter_is_spared() -> None:
+    model = nn.Linear(3, 3, bias=False)
+    assert names_by_decay(model, param_groups(model, 0.1)) == {0.1: {"weight"}}
+    model.weight._no_weight_decay = True  # type: ignore[attr-defined]
+    assert names_by_decay(model, param_groups(model, 0.1)) == {0.0: {"weight"}}
+
+
+def test_own_options_make_a_group() -> None:
+    model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
+    model[1].weight._optim = {"lr": 1e-4, "betas": [0.8, 0.9]}  # type: ignore[union-attr]
+    groups = param_groups(model, 0.1, lr=1e-3)
+    assert [g["lr"] for g in groups] == [1e-3, 1e-4]
+    assert [g["weight_decay"] for g in groups] == [0.1, 0.1]
+    assert groups[1]["betas"] == [0.8, 0.9]
+    assert groups[1]["params"] == [model[1].weight]
+
+
+def test_frozen_parameters_are_left_out() -> None:
+    model = nn.Linear(3, 3)
+    model.weight.requires_grad_(False)
+    assert [g["params"] for g in param_groups(model, 0.1)] == [[model.bias]]
+
+
+def test_errors() -> None:
+    with pytest.raises(ValueError, match="model must have parameters that require gradients"):
+        param_groups(nn.Linear(2, 2).requires_grad_(False), 0.1)
+    with pytest.raises(ValueError, match=r"weight_decay must be at least 0, got -0\.1"):
+        param_groups(nn.Linear(2, 2), -0.1)
