@@ -193,8 +193,8 @@ def test_targets_change_actions_and_rewards_count_down():
         for reward in rewards:
             agent.act(states, [reward])
         if target == 10:
-            expected = agent._to_go()
-    torch.testing.assert_close(agent._to_go(), expected)
+            expected = agent._running.to_go()
+    assert agent._running.to_go() == expected == 5
 
 
 def test_prev_action_overrides_what_was_chosen():
@@ -223,7 +223,7 @@ def test_sampling_follows_the_distribution():
     logits = agent.model(
         agent._normalise(torch.ones(1, 1, 3)),
         torch.zeros(1, 1, dtype=torch.int64),
-        agent._to_go()[None],
+        agent._scaled_to_go(agent._running)[None],
         torch.zeros(1, 1, dtype=torch.int64),
     )
     chance = logits.softmax(-1)[0, 0, 1].item()
@@ -329,6 +329,16 @@ def test_bad_acting():
         agent.act(np.zeros((2, 3)))
     with pytest.raises(ValueError, match=r"reward must be \(2,\), got \(3,\)"):
         agent.act(np.zeros((2, 3)), np.zeros(3))
+    with pytest.raises(ValueError, match=r"reward must be finite, got \[ 0\. nan\]"):
+        agent.act(np.zeros((2, 3)), [0.0, np.nan])
+    with pytest.raises(ValueError, match="target_return must be finite, got inf"):
+        agent.reset(np.inf, mask=[True, False])
+    with pytest.raises(ValueError, match=r"prev_action must be \(2, 2\), got \(2,\)"):
+        agent.act(np.zeros((2, 3)), np.zeros(2), prev_action=np.zeros(2))
+    with pytest.raises(
+        ValueError, match=r"target_return must be one number or one per env.* \(2\)"
+    ):
+        agent.reset([1.0, 2.0, 3.0], num_envs=2)
     with pytest.raises(ValueError, match=r"mode must be one of window, .*, got 'nothing'"):
         agent.reset(1.0, num_envs=2, mode="nothing")
     attention = Agent(make_model(mixer="attention"))

@@ -29,6 +29,7 @@ from .acting import MODES, PAD_MODES, Memory, Policy, Step, make_memory
 from .cloning import BehaviourCloning
 from .data import Episode, return_statistics, state_statistics
 from .model import DecisionMamba
+from .running import Running
 
 _FORMAT = 1
 _MODELS: dict[str, type[Policy]] = {
@@ -116,7 +117,8 @@ class Agent(nn.Module):
             raise ValueError(
                 f"action_low must be below action_high, got {action_low} and {action_high}"
             )
-        self._memory: Memory | None = None
+        self._memory: Memory
+        self._running: Running | None = None
         self._mode = config.mode
         self._asked = np.asarray(config.targets[0] if config.targets else np.nan)
 
@@ -218,12 +220,9 @@ class Agent(nn.Module):
             ValueError: no target is known, or `mask` comes before any full reset.
         """
         if mask is not None:
-            if self._memory is None:
+            if self._running is None:
                 raise ValueError("mask must follow a reset of all environments, got none before")
-            rows = np.asarray(mask, dtype=bool)
-            if target_return is not None:
-                self._target = np.where(rows, np.asarray(target_return, float), self._target)
-            self._first |= rows
+            self._running.restart(mask, target_return)
             return
         if target_return is not None:
             self._asked = np.asarray(target_return, dtype=np.float64)
@@ -231,7 +230,7 @@ class Agent(nn.Module):
             raise ValueError(
                 f"target_return must be finite, or config.targets give one, got {self._asked}"
             )
-        self._memory = None
+        self._running = None
         self._mode = mode or self.config.mode
         if num_envs is not None:
             self._begin(num_envs)
@@ -275,37 +274,40 @@ class Agent(nn.Module):
         if not np.isfinite(states).all():
             row = int((~np.isfinite(states).all(axis=1)).argmax())
             raise ValueError(f"obs must be finite, got {states[row]} in row {row}")
-        if self._memory is None:
+        if self._running is None:
             self.reset(mode=self._mode)
             self._begin(len(states))
-        memory = self._memory
-        assert memory is not None
-        if len(states) != len(self._first):
-            raise ValueError(f"obs must have {len(self._first)} rows, got {len(states)}")
+        running = self._running
+        assert running is not None
+        if len(states) != len(running):
+            raise ValueError(f"obs must have {len(running)} rows, got {len(states)}")
         if done is not None:
-            self.reset(mask=np.broadcast_to(np.asarray(done, dtype=bool), self._first.shape))
-        self._earn(reward)
+            running.restart(done)
+        running.observe(reward)
         if prev_action is not None:
             executed = np.asarray(prev_action)[None] if single else np.asarray(prev_action)
+            if executed.shape != self._previous.shape:
+                raise ValueError(
+                    f"prev_action must be {tuple(self._previous.shape)}, got {executed.shape}"
+                )
             self._previous = self._from_env(executed)
-        first = torch.from_numpy(self._first).to(self.device)
+        first = torch.from_numpy(running.first).to(self.device)
         keep = (~first).view(-1, *[1] * (self._previous.ndim - 1))
         step = Step(
             states=self._normalise(torch.from_numpy(states).to(self.device)),
             previous_actions=self._previous * keep,
-            returns_to_go=self._to_go(),
-            timesteps=torch.from_numpy(self._time).to(self.device),
+            returns_to_go=self._scaled_to_go(running),
+            timesteps=torch.from_numpy(running.time).to(self.device),
             first=first,
         )
         if self.training:
             # acting never drops out; switching costs a walk over all modules
             self.eval()
-            predictions = memory(step)
+            predictions = self._memory(step)
             self.train()
         else:
-            predictions = memory(step)
-        self._first = np.zeros_like(self._first)
-        self._time += 1
+            predictions = self._memory(step)
+        running.advance()
         actions = self._choose(predictions, deterministic)
         return actions[0] if single else actions
 
@@ -318,7 +320,7 @@ class Agent(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         document = json.dumps(self._document(), indent=2)
-        weights = {name: value.detach().cpu().contiguous() for name, value in _tensors(self)}
+        weights = {name: v.detach().cpu().contiguous() for name, v in self.state_dict().items()}
         partial = folder / f".agent.{os.getpid()}"
         try:
             save_file(weights, partial, metadata={"agent": document})
@@ -365,30 +367,15 @@ class Agent(nn.Module):
         }
 
     def _begin(self, rows: int) -> None:
+        self._running = Running(rows, self._asked)
         self._memory = make_memory(self.model, rows, self._mode, self.config.pad_mode)
-        self._first = np.ones(rows, dtype=bool)
-        self._time = np.zeros(rows, dtype=np.int64)
-        # float64: a target less hundreds of rewards must not drift
-        self._target = np.broadcast_to(self._asked, rows).copy()
-        self._earned = np.zeros(rows)
         shape = (rows,) if self.model.discrete else (rows, self.model.act_dim)
         kind = torch.int64 if self.model.discrete else torch.float32
         self._previous = torch.zeros(shape, dtype=kind, device=self.device)
 
-    def _earn(self, reward: ArrayLike | None) -> None:
-        if reward is not None:
-            earned = np.asarray(reward, dtype=np.float64)
-            if earned.size != len(self._earned):
-                raise ValueError(f"reward must be ({len(self._earned)},), got {earned.shape}")
-            self._earned = self._earned + earned.reshape(-1)
-        elif not self._first.all():
-            raise ValueError("reward must be given after an episode's first step, got None")
-        self._earned = np.where(self._first, 0.0, self._earned)
-        self._time = np.where(self._first, 0, self._time)
-
-    def _to_go(self) -> Tensor:
-        to_go = (self._target - self._earned) / self.config.scale
-        return torch.from_numpy(to_go.astype(np.float32))[:, None].to(self.device)
+    def _scaled_to_go(self, running: Running) -> Tensor:
+        to_go = (running.to_go() / self.config.scale).astype(np.float32)
+        return torch.from_numpy(to_go)[:, None].to(self.device)
 
     def _normalise(self, states: Tensor) -> Tensor:
         return (states - self.state_mean) / self.state_std
@@ -424,10 +411,6 @@ def default_targets(statistics: dict[str, float]) -> list[float]:
     beyond = best + 0.5 * (best - statistics["q50"])
     below = [best - share * (best - low) for share in (1 / 3, 2 / 3, 1.0)]
     return list(dict.fromkeys([best, beyond, *below]))
-
-
-def _tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
-    return list(module.state_dict().items())
 
 
 def _own_version() -> str:

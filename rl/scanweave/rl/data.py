@@ -265,7 +265,10 @@ def _chosen(values: ArrayLike) -> NDArray:
     """(T,) int64 from whole numbers, (T, A) float32 from (T, A) or (T,) floats."""
     array = np.asarray(values)
     if np.issubdtype(array.dtype, np.integer):
-        return _column("actions", array).astype(np.int64)
+        choices = _column("actions", array).astype(np.int64)
+        if (choices < 0).any():
+            raise ValueError(f"discrete actions must be at least 0, got {choices.min()}")
+        return choices
     if not np.issubdtype(array.dtype, np.floating) or array.ndim not in (1, 2):
         raise ValueError(f"actions must be (T, A) or (T,) numbers, got {array.shape} {array.dtype}")
     return (array[:, None] if array.ndim == 1 else array).astype(np.float32)
