@@ -26,3 +26,8 @@ def on_device(x: Tensor) -> AbstractContextManager[object]:
 def adjacent(v: Tensor) -> Tensor:
     """`v` with adjacent channels; a copy only if it has to be."""
     return v if v.stride(-1) == 1 or v.shape[-1] == 1 else v.contiguous()
+
+
+def register_limit(count: int) -> dict[str, int]:
+    """Launch option that caps registers a thread, so that more warps fit; NVIDIA only."""
+    return {"maxnreg": count} if torch.version.cuda is not None else {}

@@ -230,6 +230,7 @@ def conv_forward(
             BLOCK_L=block_l,
             BLOCK_D=block_d,
             num_warps=4,
+            enable_fp_fusion=True,
         )
     return y
 
@@ -286,6 +287,7 @@ def conv_backward(
                 BLOCK_L=block_l,
                 BLOCK_D=block_d,
                 num_warps=4,
+                enable_fp_fusion=True,
             )
     grads = [dx, dweight.sum(0).t().to(weight.dtype)]
     if bias is not None:

@@ -127,13 +127,15 @@ def _backward_kernel(
     dbias = tl.zeros([BLOCK_D], tl.float32)
     ahead = -1 if REVERSE else 1
     origin = first + length - 1 if REVERSE else first
-    x_ptr += pid_b * stride_xb + offs_d
-    dt_ptr += pid_b * stride_dtb + offs_d
-    B_ptr += pid_b * stride_Bb + group * stride_Bg + offs_n
-    C_ptr += pid_b * stride_Cb + group * stride_Cg + offs_n
-    dout_ptr += pid_b * stride_ob + offs_d
-    if HAS_Z:
-        z_ptr += pid_b * stride_zb + offs_d
+    # elements from one step to the next; within a chunk they fit 32 bits
+    next_x = stride_xl * ahead
+    next_dt = stride_dtl * ahead
+    next_B = stride_Bl * ahead
+    next_C = stride_Cl * ahead
+    next_z = stride_zl * ahead
+    next_o = stride_ol * ahead
+    next_y = dim * ahead
+    next_part = programs * STATE * ahead
     slot = BLOCK_D * BLOCK_N
     scratch_ptr += (pid_s * programs + pid_d) * (chunk // WINDOW) * slot
     scratch_ptr += offs_b[:, None] * BLOCK_N + offs_n[None, :]
@@ -141,79 +143,153 @@ def _backward_kernel(
     for ci in range(chunks):
         c = chunks - 1 - ci
         start = c * chunk
-        stop = tl.minimum(start + chunk, length)
-        windows = tl.cdiv(stop - start, WINDOW)
+        count = tl.minimum(chunk, length - start)
+        windows = tl.cdiv(count, WINDOW)
+        row = origin + ahead * start
+        x_chunk = x_ptr + pid_b * stride_xb + row * stride_xl
+        dt_chunk = dt_ptr + pid_b * stride_dtb + row * stride_dtl
+        B_chunk = B_ptr + pid_b * stride_Bb + row * stride_Bl + group * stride_Bg
+        C_chunk = C_ptr + pid_b * stride_Cb + row * stride_Cl + group * stride_Cg
+        o_chunk = dout_ptr + pid_b * stride_ob + row * stride_ol
+        here = (pid_b * tokens + row) * dim
+        part = ((pid_b * tokens + row) * programs + pid_d) * STATE
+        if HAS_Z:
+            z_chunk = z_ptr + pid_b * stride_zb + row * stride_zl
         kept_tile = (kept + c) * STATE * dim + offs_n[None, :] * dim + offs_d[:, None]
         h = tl.load(keep_ptr + kept_tile, mask=mask, other=0.0)
+
+        # 1. recompute the chunk's states, parking the one before each window but the last;
+        # the rows of the next window are loaded before the present one is computed
+        x_rows = ()
+        dt_rows = ()
+        B_rows = ()
+        for i in tl.static_range(WINDOW):
+            t = tl.minimum(i, count - 1)
+            x_rows = x_rows + (load_row(x_chunk + (t * next_x + offs_d), mask_d, EVEN_D),)
+            dt_rows = dt_rows + (load_row(dt_chunk + (t * next_dt + offs_d), mask_d, EVEN_D),)
+            B_rows = B_rows + (load_row(B_chunk + (t * next_B + offs_n), mask_n, EVEN_N),)
         for w in range(windows - 1):
             tl.store(scratch_ptr + w * slot, h)
+            x_now = x_rows
+            dt_now = dt_rows
+            B_now = B_rows
+            x_rows = ()
+            dt_rows = ()
+            B_rows = ()
             for i in tl.static_range(WINDOW):
-                row = origin + ahead * (start + w * WINDOW + i)
-                x = load_row(x_ptr + row * stride_xl, mask_d, EVEN_D).to(tl.float32)
-                delta = load_row(dt_ptr + row * stride_dtl, mask_d, EVEN_D).to(tl.float32) + bias
-                B = load_row(B_ptr + row * stride_Bl, mask_n, EVEN_N).to(tl.float32)
+                t = tl.minimum((w + 1) * WINDOW + i, count - 1)
+                x_rows = x_rows + (load_row(x_chunk + (t * next_x + offs_d), mask_d, EVEN_D),)
+                dt_rows = dt_rows + (load_row(dt_chunk + (t * next_dt + offs_d), mask_d, EVEN_D),)
+                B_rows = B_rows + (load_row(B_chunk + (t * next_B + offs_n), mask_n, EVEN_N),)
+            for i in tl.static_range(WINDOW):
+                delta = dt_now[i].to(tl.float32) + bias
                 if SOFTPLUS:
                     delta = softplus(delta)
-                h = tl.exp2(A * delta[:, None]) * h + (delta * x)[:, None] * B[None, :]
+                u = delta * x_now[i].to(tl.float32)
+                h = tl.exp2(A * delta[:, None]) * h + u[:, None] * B_now[i].to(tl.float32)[None, :]
+
+        # 2. walk the windows back, again one window of rows ahead
+        x_rows = ()
+        dt_rows = ()
+        B_rows = ()
+        C_rows = ()
+        g_rows = ()
+        z_rows = ()
+        y_rows = ()
+        for i in tl.static_range(WINDOW):
+            t = tl.minimum((windows - 1) * WINDOW + i, count - 1)
+            x_rows = x_rows + (load_row(x_chunk + (t * next_x + offs_d), mask_d, EVEN_D),)
+            dt_rows = dt_rows + (load_row(dt_chunk + (t * next_dt + offs_d), mask_d, EVEN_D),)
+            B_rows = B_rows + (load_row(B_chunk + (t * next_B + offs_n), mask_n, EVEN_N),)
+            C_rows = C_rows + (load_row(C_chunk + (t * next_C + offs_n), mask_n, EVEN_N),)
+            g_rows = g_rows + (load_row(o_chunk + (t * next_o + offs_d), mask_d, EVEN_D),)
+            if HAS_Z:
+                z_rows = z_rows + (load_row(z_chunk + (t * next_z + offs_d), mask_d, EVEN_D),)
+            if WRITE_DZ:
+                y_rows = y_rows + (load_row(y_ptr + here + (t * next_y + offs_d), mask_d, EVEN_D),)
         for wi in range(windows):
             w = windows - 1 - wi
             if wi > 0:
                 h = tl.load(scratch_ptr + w * slot)
-            begin = start + w * WINDOW
+            x_now = x_rows
+            dt_now = dt_rows
+            B_now = B_rows
+            C_now = C_rows
+            g_now = g_rows
+            z_now = z_rows
+            y_now = y_rows
+            x_rows = ()
+            dt_rows = ()
+            B_rows = ()
+            C_rows = ()
+            g_rows = ()
+            z_rows = ()
+            y_rows = ()
+            for i in tl.static_range(WINDOW):
+                t = tl.maximum((w - 1) * WINDOW + i, 0)
+                x_rows = x_rows + (load_row(x_chunk + (t * next_x + offs_d), mask_d, EVEN_D),)
+                dt_rows = dt_rows + (load_row(dt_chunk + (t * next_dt + offs_d), mask_d, EVEN_D),)
+                B_rows = B_rows + (load_row(B_chunk + (t * next_B + offs_n), mask_n, EVEN_N),)
+                C_rows = C_rows + (load_row(C_chunk + (t * next_C + offs_n), mask_n, EVEN_N),)
+                g_rows = g_rows + (load_row(o_chunk + (t * next_o + offs_d), mask_d, EVEN_D),)
+                if HAS_Z:
+                    z_rows = z_rows + (load_row(z_chunk + (t * next_z + offs_d), mask_d, EVEN_D),)
+                if WRITE_DZ:
+                    y_rows = y_rows + (
+                        load_row(y_ptr + here + (t * next_y + offs_d), mask_d, EVEN_D),
+                    )
             states = (h,)
             decays = ()
+            deltas = ()
             for i in tl.static_range(WINDOW):
-                row = origin + ahead * tl.minimum(begin + i, length - 1)
-                x = load_row(x_ptr + row * stride_xl, mask_d, EVEN_D).to(tl.float32)
-                delta = load_row(dt_ptr + row * stride_dtl, mask_d, EVEN_D).to(tl.float32) + bias
-                B = load_row(B_ptr + row * stride_Bl, mask_n, EVEN_N).to(tl.float32)
+                delta = dt_now[i].to(tl.float32) + bias
                 if SOFTPLUS:
                     delta = softplus(delta)
                 # past the end: no decay, no input
-                delta = tl.where(begin + i < stop, delta, 0.0)
+                delta = tl.where(w * WINDOW + i < count, delta, 0.0)
                 decay = tl.exp2(A * delta[:, None])
-                h = decay * h + (delta * x)[:, None] * B[None, :]
+                u = delta * x_now[i].to(tl.float32)
+                h = decay * h + u[:, None] * B_now[i].to(tl.float32)[None, :]
+                deltas = deltas + (delta,)
                 decays = decays + (decay,)
                 states = states + (h,)
             for j in tl.static_range(WINDOW):
-                valid = begin + (WINDOW - 1 - j) < stop
-                row = origin + ahead * tl.minimum(begin + (WINDOW - 1 - j), length - 1)
-                x = load_row(x_ptr + row * stride_xl, mask_d, EVEN_D).to(tl.float32)
-                raw = load_row(dt_ptr + row * stride_dtl, mask_d, EVEN_D).to(tl.float32) + bias
-                B = load_row(B_ptr + row * stride_Bl, mask_n, EVEN_N).to(tl.float32)
-                C = load_row(C_ptr + row * stride_Cl, mask_n, EVEN_N).to(tl.float32)
-                g = load_row(dout_ptr + row * stride_ol, mask_d, EVEN_D).to(tl.float32)
-                here = (pid_b * tokens + row) * dim + offs_d
+                t = w * WINDOW + (WINDOW - 1 - j)
+                valid = t < count
                 mask_t = tl.where(valid, mask_d, False)
+                mask_p = tl.where(valid, mask_n, False)
+                x = x_now[WINDOW - 1 - j].to(tl.float32)
+                B = B_now[WINDOW - 1 - j].to(tl.float32)
+                C = C_now[WINDOW - 1 - j].to(tl.float32)
+                g = g_now[WINDOW - 1 - j].to(tl.float32)
+                delta = deltas[WINDOW - 1 - j]
                 if HAS_Z:
-                    z = load_row(z_ptr + row * stride_zl, mask_d, EVEN_D).to(tl.float32)
+                    z = z_now[WINDOW - 1 - j].to(tl.float32)
                     gate = sigmoid(z)
                     if WRITE_DZ:
-                        y = load_row(y_ptr + here, mask_d, EVEN_D).to(tl.float32)
+                        y = y_now[WINDOW - 1 - j].to(tl.float32)
                         dz = g * y * gate * (1.0 + z * (1.0 - gate))
-                        tl.store(dz_ptr + here, dz.to(dz_ptr.dtype.element_ty), mask=mask_t)
+                        dz_row = dz_ptr + here + (t * next_y + offs_d)
+                        tl.store(dz_row, dz.to(dz_ptr.dtype.element_ty), mask=mask_t)
                     g = g * z * gate
                 g = tl.where(valid, g, 0.0)
-                delta = raw
-                if SOFTPLUS:
-                    delta = softplus(raw)
-                delta = tl.where(valid, delta, 0.0)
                 s = g[:, None] * C[None, :] + carry
                 carry = decays[WINDOW - 1 - j] * s
-                part = ((pid_b * tokens + row) * programs + pid_d) * STATE + offs_n
                 dC = tl.sum(states[WINDOW - j] * g[:, None], 0)
                 dB = tl.sum(s * (delta * x)[:, None], 0)
-                mask_p = tl.where(valid, mask_n, False)
-                tl.store(dC_ptr + part, dC, mask=mask_p)
-                tl.store(dB_ptr + part, dB, mask=mask_p)
+                tl.store(dC_ptr + part + (t * next_part + offs_n), dC, mask=mask_p)
+                tl.store(dB_ptr + part + (t * next_part + offs_n), dB, mask=mask_p)
                 into = tl.sum(s * B[None, :], 1)
                 q = carry * states[WINDOW - 1 - j]
                 ddt = into * x + tl.sum(q * A, 1) * LN_2
                 if SOFTPLUS:
+                    raw = dt_now[WINDOW - 1 - j].to(tl.float32) + bias
                     ddt = tl.where(raw > 20.0, ddt, ddt * sigmoid(raw))
                 dx = into * delta + skip * g
-                tl.store(dx_ptr + here, dx.to(dx_ptr.dtype.element_ty), mask=mask_t)
-                tl.store(ddt_ptr + here, ddt.to(ddt_ptr.dtype.element_ty), mask=mask_t)
+                dx_row = dx_ptr + here + (t * next_y + offs_d)
+                ddt_row = ddt_ptr + here + (t * next_y + offs_d)
+                tl.store(dx_row, dx.to(dx_ptr.dtype.element_ty), mask=mask_t)
+                tl.store(ddt_row, ddt.to(ddt_ptr.dtype.element_ty), mask=mask_t)
                 dA += q * delta[:, None]
                 dD += g * x
                 dbias += tl.where(valid, ddt, 0.0)
@@ -310,6 +386,7 @@ def backward(
                     WINDOW=WINDOW,
                     num_warps=1,
                     num_stages=1,
+                    enable_fp_fusion=True,
                 )
         grads.append(
             ScanGradients(dx, ddt, dA.sum(0), dB.sum(3), dC.sum(3), dD.sum(0), dbias.sum(0), dh0)

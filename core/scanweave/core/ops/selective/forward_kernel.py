@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import LOG2_E, adjacent, on_device, sigmoid
+from ..launch import LOG2_E, adjacent, on_device, register_limit, sigmoid
 from .kernels import (
     CHUNK,
     Direction,
@@ -225,6 +225,8 @@ def forward(
                 LANE_D=max(1, block_d // 32),
                 num_warps=1,
                 num_stages=1,
+                enable_fp_fusion=True,
+                **register_limit(128),
             )
     empty = x.new_empty(0)
     return out, y if save_y else empty, final, kept
