@@ -124,7 +124,7 @@ def test_average_over_permutations_is_the_mean_of_separate_runs(mixer, random_gr
 
 
 def test_evaluation_may_average_more_orders_than_training(random_graphs):
-    x, edge_index, batch = random_graphs([6])
+    _x, edge_index, batch = random_graphs([6])
     conv = layer(num_perms=1, eval_perms=5, norm=None)
     assert conv.sequences(edge_index, batch, 1).places.shape == (5, 6)
     assert conv.train().sequences(edge_index, batch, 1).places.shape == (1, 6)
@@ -226,7 +226,7 @@ def test_noise_is_the_same_in_every_call_unless_fresh(random_graphs):
 
 
 def test_ties_by_index_keep_the_stored_order(random_graphs):
-    x, edge_index, batch = random_graphs([9])
+    _x, edge_index, batch = random_graphs([9])
     by_index = layer(order="random", ties="index")
     assert by_index.sequences(edge_index, batch, 1).nodes.equal(torch.arange(9))
     other_seed = layer(order="random", seed=1).sequences(edge_index, batch, 1).nodes
@@ -234,7 +234,7 @@ def test_ties_by_index_keep_the_stored_order(random_graphs):
 
 
 def test_order_may_be_a_function_of_the_user(random_graphs):
-    x, edge_index, batch = random_graphs([5, 6])
+    _x, edge_index, batch = random_graphs([5, 6])
 
     def backwards_order(edges, graph, ties):
         assert edges.equal(edge_index)
@@ -250,7 +250,7 @@ def test_order_may_be_a_function_of_the_user(random_graphs):
 
 def test_several_orders_are_compared_one_after_another():
     edges = torch.tensor([[0, 2], [1, 3]])  # all of one degree, but for node 4
-    x = torch.randn(5, 16, dtype=torch.float64)
+
     conv = layer(order=("degree", "index"), conv=None)
     assert conv.sequences(edges, torch.zeros(5).long(), 1).nodes.tolist() == [4, 0, 1, 2, 3]
 

@@ -24,6 +24,7 @@ from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
+from accelerate import PartialState
 from torch import Tensor, nn
 from torch_geometric.data import Batch, Data
 from torch_geometric.loader import DataLoader
@@ -52,7 +53,7 @@ def _train_defaults() -> TrainConfig:
         batch_size=32,
         lr=3e-3,
         weight_decay=0.01,
-        warmup_steps=50,
+        warmup_steps=20,
         clip_grad=1.0,
     )
 
@@ -92,8 +93,8 @@ class Config:
     """Give a causal mixer a partner that reads backwards."""
     num_perms: int = 1
     """Node orders to average, in training."""
-    eval_perms: int = 1
-    """Node orders to average, in evaluation."""
+    eval_perms: int = 0
+    """Node orders to average, in evaluation; 0 takes as many as in training."""
     ties: Ties = "noise"
     """How nodes of equal score are ordered."""
     dropout: float = 0.0
@@ -132,7 +133,7 @@ def build_model(config: Config, splits: GraphSplits) -> GraphMamba:
         order=config.order,
         bidirectional=config.bidirectional,
         num_perms=config.num_perms,
-        eval_perms=config.eval_perms,
+        eval_perms=config.eval_perms or None,
         ties=config.ties,
         mixer_kwargs={"d_state": config.d_state} if config.d_state else None,
     )
@@ -220,8 +221,9 @@ def train(config: Config) -> dict[str, Any]:
         "steps": result.steps,
         "seconds": result.seconds,
     }
-    path = config.train.output_dir / "results.json"
-    path.write_text(json.dumps(summary, indent=1), encoding="utf-8")
+    if PartialState().is_main_process:
+        path = config.train.output_dir / "results.json"
+        path.write_text(json.dumps(summary, indent=1), encoding="utf-8")
     return {**summary, "history": result.history}
 
 
