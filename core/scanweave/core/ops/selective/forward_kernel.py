@@ -190,11 +190,13 @@ def forward(
         gate = z if last else None
         strides, flags = strides_and_flags(inputs, gate, cu_seqlens, reverse[k], softplus)
         programs = B.shape[2] * blocks
+        rates = torch.empty(A.shape[::-1], dtype=torch.float32, device=x.device)
+        torch.mul(A.t(), LOG2_E.value, out=rates)
         with on_device(x):
             _forward_kernel[(sequences * programs,)](
                 xk,
                 dt,
-                (A.float() * LOG2_E.value).t().contiguous(),
+                rates,
                 B,
                 C,
                 D,
