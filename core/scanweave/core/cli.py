@@ -54,12 +54,13 @@ def _demo(only: Sequence[str], *, fast: bool, seed: int, parent: Path) -> int:
     modules = _load(only)
     if modules is None:
         return 2
-    # small models gain nothing from more threads than this, and lose on machines with many cores
-    torch.set_num_threads(min(torch.get_num_threads(), 4))
+    # small tensors: a second thread gains little on an idle machine, makes a run 4 times slower
+    # beside other work (threads wait actively), and rounds differently on every number of cores
+    torch.set_num_threads(1)
     folder = _fresh_folder(parent)
     results = []
     for domain, module in modules.items():
-        print(f"\n{domain}: {module.__doc__.splitlines()[0]}", flush=True)
+        print(f"\n{(module.__doc__ or domain).splitlines()[0]}", flush=True)
         begin = time.perf_counter()
         result: DemoResult = module.run(folder / domain, fast=fast, seed=seed)
         result.seconds = time.perf_counter() - begin
@@ -158,7 +159,7 @@ def _device() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{cores} CPU cores, {torch.get_num_threads()} threads"
+    return f"CPU, {cores} cores, {torch.get_num_threads()} in use"
 
 
 def _version(package: str) -> str:

@@ -4,7 +4,8 @@ Core knows no domain: each domain's `demo` module fills a `DemoResult`, and the 
 all of them to `write_report`.
 
     Row, Figure, DemoResult   the parts of a report
-    figure_style              colours and sizes that all plots share
+    figure_style              fonts and lines that all plots share
+    save_figure               a plot becomes a part of the report
     write_report              results.json and a self-contained index.html
 """
 
@@ -15,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Canvas
@@ -82,10 +83,14 @@ class DemoResult:
 
 @contextmanager
 def figure_style() -> Iterator[None]:
-    """Matplotlib settings for every plot drawn inside; draws to files only."""
+    """Matplotlib settings for every plot that is made and saved inside.
+
+    Plots are `matplotlib.figure.Figure` objects, not pyplot's: pyplot would choose a backend for
+    the whole program.
+    """
     import matplotlib
 
-    settings = {
+    settings: dict[Any, Any] = {
         "figure.dpi": 160,
         "figure.constrained_layout.use": True,
         "font.size": 9.5,
@@ -103,22 +108,14 @@ def figure_style() -> Iterator[None]:
         "lines.linewidth": 1.8,
         "legend.frameon": False,
     }
-    previous = matplotlib.get_backend()
-    matplotlib.use("Agg")
-    try:
-        with matplotlib.rc_context(settings):
-            yield
-    finally:
-        matplotlib.use(previous)
+    with matplotlib.rc_context(settings):
+        yield
 
 
 def save_figure(canvas: "Canvas", folder: Path, name: str, caption: str) -> Figure:
-    """Write one plot as PNG; its path in the report is `<folder's name>/<name>.png`."""
-    import matplotlib.pyplot as plt
-
+    """Write one plot as `<folder>/<name>.png`; the report's folder is the parent of `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     canvas.savefig(folder / f"{name}.png")
-    plt.close(canvas)
     return Figure(f"{folder.name}/{name}.png", caption)
 
 
