@@ -181,7 +181,9 @@ def test_batches_of_a_loader_and_the_same_batch_by_hand(random_graphs):
     torch.testing.assert_close(together, alone, atol=1e-12, rtol=1e-12)
 
 
-@pytest.mark.parametrize(("mixer", "num_perms"), [("bimamba", 1), ("mamba", 2)])
+@pytest.mark.parametrize(
+    ("mixer", "num_perms"), [("bimamba", 2), pytest.param("mamba", 1, marks=pytest.mark.slow)]
+)
 def test_compiles_whole_with_changing_sizes(mixer, num_perms, random_graphs):
     torch.compiler.reset()
     conv = GraphMambaConv(8, SAGEConv(8, 8), mixer, num_perms=num_perms)

@@ -130,7 +130,7 @@ def test_repr_is_one_line():
 
 def test_distance_along_a_path_is_learned_only_with_a_mixer():
     # both ends of a path carry a sign; the class is whether they agree, two layers see two steps
-    size, graphs = 12, 32
+    size, graphs = 8, 24
     generator = torch.Generator().manual_seed(0)
     x = torch.zeros(graphs, size, 1)
     x[:, [0, -1]] = torch.randint(0, 2, (graphs, 2, 1), generator=generator) * 2.0 - 1

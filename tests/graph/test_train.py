@@ -66,7 +66,9 @@ def test_rings_and_paths_are_told_apart(tmp_path, splits):
 
 def test_best_epoch_is_kept(tmp_path, splits):
     model, result = fit(config(tmp_path, train={"epochs": 4}), splits)
-    assert evaluate(model, splits.val)["accuracy"] == result.best_metrics["accuracy"]
+    assert evaluate(model, splits.val)["loss"] == min(
+        row["eval/loss"] for row in result.history if "eval/loss" in row
+    )
 
 
 def test_equal_seeds_give_equal_models(tmp_path, splits):
@@ -77,6 +79,11 @@ def test_equal_seeds_give_equal_models(tmp_path, splits):
         weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     assert weights[0].equal(weights[1])
     assert not weights[0].equal(weights[2])
+
+
+def test_nothing_to_evaluate(tmp_path, splits):
+    with pytest.raises(ValueError, match="graphs must hold at least one graph, got none"):
+        evaluate(build_model(config(tmp_path), splits), [])
 
 
 def test_evaluation_does_not_depend_on_its_batch_size(tmp_path, splits):

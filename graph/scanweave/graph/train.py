@@ -155,7 +155,13 @@ def predict(model: nn.Module, batch: Batch) -> Tensor:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, graphs: Sequence[Data], batch_size: int = 256) -> dict[str, float]:
-    """Mean cross-entropy and accuracy over `graphs`; the caller sets the mode of the model."""
+    """Mean cross-entropy and accuracy over `graphs`; the caller sets the mode of the model.
+
+    Raises:
+        ValueError: there are no graphs.
+    """
+    if not graphs:
+        raise ValueError("graphs must hold at least one graph, got none")
     device = next(model.parameters()).device
     loss, right = 0.0, 0
     for batch in DataLoader(list(graphs), batch_size):
@@ -163,11 +169,12 @@ def evaluate(model: nn.Module, graphs: Sequence[Data], batch_size: int = 256) ->
         scores = predict(model, batch)
         loss += F.cross_entropy(scores, batch.y, reduction="sum").item()
         right += int((scores.argmax(1) == batch.y).sum())
-    return {"accuracy": right / len(graphs), "loss": loss / len(graphs)}
+    # the loss comes first and picks the best epoch: accuracies of few graphs are often equal
+    return {"loss": loss / len(graphs), "accuracy": right / len(graphs)}
 
 
 def fit(config: Config, splits: GraphSplits) -> tuple[GraphMamba, TrainResult]:
-    """Train a model and return it with the weights of its best validation accuracy.
+    """Train a model and return it with the weights of its lowest validation loss.
 
     Args:
         config: Settings; `config.train` holds those of the loop.
