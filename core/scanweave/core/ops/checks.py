@@ -40,6 +40,9 @@ def check_cu_seqlens(cu_seqlens: Tensor, x: Tensor) -> None:
     The values are checked where the op runs (`check_cu_seqlens_values`): tracing compilers
     see no values.
     """
+    if not isinstance(x, Tensor) or x.ndim != 3:
+        got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"x must be (B, L, D), got {got}")
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.ndim != 1 or cu_seqlens.numel() < 1:
         got = tuple(cu_seqlens.shape) if isinstance(cu_seqlens, Tensor) else type(cu_seqlens)
         raise ValueError(f"cu_seqlens must be a tensor (S + 1,), got {got}")

@@ -179,7 +179,7 @@ def _sequences(cu_seqlens: Tensor | None, tokens: int) -> tuple[Tensor | None, T
     """Bounds (T, 2) and sequence (T,) of every token."""
     if cu_seqlens is None:
         return None, None
-    token = torch.arange(tokens, device=cu_seqlens.device)
+    token = torch.arange(tokens, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
     sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), token, right=True)
     bounds = torch.stack([cu_seqlens[:-1], cu_seqlens[1:]], 1)[sequence]
     return bounds.contiguous(), sequence
@@ -209,7 +209,7 @@ def conv_forward(
         _forward_kernel[(batch * blocks_l * blocks_d,)](
             x,
             weight.contiguous(),
-            bias,
+            None if bias is None else adjacent(bias),
             None if state is None else state.contiguous(),
             bounds,
             sequence,
@@ -264,7 +264,7 @@ def conv_backward(
             _backward_kernel[(parts * blocks_d,)](
                 x,
                 weight.contiguous(),
-                bias,
+                None if bias is None else adjacent(bias),
                 bounds,
                 dy,
                 dx,

@@ -306,7 +306,9 @@ def causal_conv1d_step(
     if not isinstance(x, Tensor) or x.ndim != 2:
         got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(f"x must be (B, D), got {got}")
-    _check(x.unsqueeze(1), weight, bias, activation, state, None)
+    _check(x.unsqueeze(1), weight, bias, activation, None, None)
+    shape = (x.shape[0], weight.shape[1] - 1, x.shape[1])
+    check_tensor("state", state, shape, x, "(B, W - 1, D)")
     with torch.no_grad():
         window = torch.cat([state.to(x.dtype), x.unsqueeze(1)], 1)
         dtype = computing_dtype(x, weight, bias)

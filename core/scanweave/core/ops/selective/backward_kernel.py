@@ -188,7 +188,9 @@ def _backward_kernel(
                 u = delta * x_now[i].to(tl.float32)
                 h = tl.exp2(A * delta[:, None]) * h + u[:, None] * B_now[i].to(tl.float32)[None, :]
 
-        # 2. walk the windows back, again one window of rows ahead
+        # 2. walk the windows back, again one window of rows and states ahead
+        tl.debug_barrier()
+        h_ahead = h
         x_rows = ()
         dt_rows = ()
         B_rows = ()
@@ -209,8 +211,8 @@ def _backward_kernel(
                 y_rows = y_rows + (load_row(y_ptr + here + (t * next_y + offs_d), mask_d, EVEN_D),)
         for wi in range(windows):
             w = windows - 1 - wi
-            if wi > 0:
-                h = tl.load(scratch_ptr + w * slot)
+            h = h_ahead
+            h_ahead = tl.load(scratch_ptr + tl.maximum(w - 1, 0) * slot)
             x_now = x_rows
             dt_now = dt_rows
             B_now = B_rows
@@ -351,7 +353,7 @@ def backward(
                     D,
                     bias,
                     z,
-                    cu_seqlens,
+                    None if cu_seqlens is None else adjacent(cu_seqlens),
                     y,
                     dout,
                     None if dfinal is None else dfinal[k].contiguous(),

@@ -1,6 +1,6 @@
 """The selective scan in Triton.
 
-The state tile is (N, BLOCK_D) and the next step's rows are loaded before the present step is
+The state tile is (N, BLOCK_D) and the next window's rows are loaded before the present window is
 computed. Directions are launched one after another; each later one adds its output to what the
 earlier ones wrote, the last one gates. A training step also keeps the state every CHUNK steps.
 
@@ -30,6 +30,12 @@ from .kernels import (
     strides_and_flags,
     tile_shape,
 )
+
+# steps whose rows are loaded together, one window ahead: one step ahead left half of the issue
+# slots of an H100 waiting for memory
+WINDOW = 2
+# without kept states a chunk only bounds 32-bit offsets
+LONG_CHUNK = 1 << 16
 
 
 @triton.jit
@@ -82,6 +88,7 @@ def _forward_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     LANE_D: tl.constexpr,
+    WINDOW: tl.constexpr,
 ):
     pid_s = (tl.program_id(0) // programs).to(tl.int64)
     pid_d = tl.program_id(0) % programs
@@ -107,49 +114,91 @@ def _forward_kernel(
         skip = load_row(D_ptr + offs_d, mask_d, EVEN_D).to(tl.float32)
     if HAS_BIAS:
         bias = load_row(bias_ptr + offs_d, mask_d, EVEN_D).to(tl.float32)
-    x_ptr += pid_b * stride_xb + offs_d
-    dt_ptr += pid_b * stride_dtb + offs_d
-    B_ptr += pid_b * stride_Bb + group * stride_Bg + offs_n
-    C_ptr += pid_b * stride_Cb + group * stride_Cg + offs_n
-    if HAS_Z:
-        z_ptr += pid_b * stride_zb + offs_d
-    out = pid_b * tokens * dim + offs_d
     ahead = -1 if REVERSE else 1
-    if length > 0:
-        row = first + length - 1 if REVERSE else first
-        x_next = load_row(x_ptr + row * stride_xl, mask_d, EVEN_D)
-        dt_next = load_row(dt_ptr + row * stride_dtl, mask_d, EVEN_D)
-        B_next = load_row(B_ptr + row * stride_Bl, mask_n, EVEN_N)
-        C_next = load_row(C_ptr + row * stride_Cl, mask_n, EVEN_N)
-        for c in range(tl.cdiv(length, chunk)):
-            if KEEP:
-                tl.store(keep_ptr + (kept + c) * STATE * dim + tile, h, mask=mask)
-            for t in range(c * chunk, tl.minimum(c * chunk + chunk, length)):
-                x = x_next.to(tl.float32)
-                delta = dt_next.to(tl.float32) + bias
-                B = B_next.to(tl.float32)
-                C = C_next.to(tl.float32)
-                here = out + row * dim
+    origin = first + length - 1 if REVERSE else first
+    # elements from one step to the next; within a chunk they fit 32 bits
+    next_x = stride_xl * ahead
+    next_dt = stride_dtl * ahead
+    next_B = stride_Bl * ahead
+    next_C = stride_Cl * ahead
+    next_z = stride_zl * ahead
+    next_y = dim * ahead
+    for c in range(tl.cdiv(length, chunk)):
+        start = c * chunk
+        count = tl.minimum(chunk, length - start)
+        row = origin + ahead * start
+        x_chunk = x_ptr + pid_b * stride_xb + row * stride_xl
+        dt_chunk = dt_ptr + pid_b * stride_dtb + row * stride_dtl
+        B_chunk = B_ptr + pid_b * stride_Bb + row * stride_Bl + group * stride_Bg
+        C_chunk = C_ptr + pid_b * stride_Cb + row * stride_Cl + group * stride_Cg
+        here = (pid_b * tokens + row) * dim
+        if HAS_Z:
+            z_chunk = z_ptr + pid_b * stride_zb + row * stride_zl
+        if KEEP:
+            tl.store(keep_ptr + (kept + c) * STATE * dim + tile, h, mask=mask)
+        x_rows = ()
+        dt_rows = ()
+        B_rows = ()
+        C_rows = ()
+        z_rows = ()
+        y_rows = ()
+        for i in tl.static_range(WINDOW):
+            t = tl.minimum(i, count - 1)
+            x_rows = x_rows + (load_row(x_chunk + (t * next_x + offs_d), mask_d, EVEN_D),)
+            dt_rows = dt_rows + (load_row(dt_chunk + (t * next_dt + offs_d), mask_d, EVEN_D),)
+            B_rows = B_rows + (load_row(B_chunk + (t * next_B + offs_n), mask_n, EVEN_N),)
+            C_rows = C_rows + (load_row(C_chunk + (t * next_C + offs_n), mask_n, EVEN_N),)
+            if HAS_Z:
+                z_rows = z_rows + (load_row(z_chunk + (t * next_z + offs_d), mask_d, EVEN_D),)
+            if ADD:
+                y_rows = y_rows + (load_row(y_ptr + here + (t * next_y + offs_d), mask_d, EVEN_D),)
+        for w in range(tl.cdiv(count, WINDOW)):
+            x_now = x_rows
+            dt_now = dt_rows
+            B_now = B_rows
+            C_now = C_rows
+            z_now = z_rows
+            y_now = y_rows
+            x_rows = ()
+            dt_rows = ()
+            B_rows = ()
+            C_rows = ()
+            z_rows = ()
+            y_rows = ()
+            for i in tl.static_range(WINDOW):
+                t = tl.minimum((w + 1) * WINDOW + i, count - 1)
+                x_rows = x_rows + (load_row(x_chunk + (t * next_x + offs_d), mask_d, EVEN_D),)
+                dt_rows = dt_rows + (load_row(dt_chunk + (t * next_dt + offs_d), mask_d, EVEN_D),)
+                B_rows = B_rows + (load_row(B_chunk + (t * next_B + offs_n), mask_n, EVEN_N),)
+                C_rows = C_rows + (load_row(C_chunk + (t * next_C + offs_n), mask_n, EVEN_N),)
                 if HAS_Z:
-                    z = load_row(z_ptr + row * stride_zl, mask_d, EVEN_D).to(tl.float32)
+                    z_rows = z_rows + (load_row(z_chunk + (t * next_z + offs_d), mask_d, EVEN_D),)
                 if ADD:
-                    others = load_row(y_ptr + here, mask_d, EVEN_D).to(tl.float32)
-                row = tl.where(t + 1 < length, row + ahead, row)
-                x_next = load_row(x_ptr + row * stride_xl, mask_d, EVEN_D)
-                dt_next = load_row(dt_ptr + row * stride_dtl, mask_d, EVEN_D)
-                B_next = load_row(B_ptr + row * stride_Bl, mask_n, EVEN_N)
-                C_next = load_row(C_ptr + row * stride_Cl, mask_n, EVEN_N)
+                    y_rows = y_rows + (
+                        load_row(y_ptr + here + (t * next_y + offs_d), mask_d, EVEN_D),
+                    )
+            for i in tl.static_range(WINDOW):
+                t = w * WINDOW + i
+                valid = t < count
+                x = x_now[i].to(tl.float32)
+                delta = dt_now[i].to(tl.float32) + bias
                 if SOFTPLUS:
                     delta = softplus(delta)
-                h = tl.exp2(A * delta[None, :]) * h + (delta * x)[None, :] * B[:, None]
-                y = tl.sum(h * C[:, None], 0) + skip * x
+                # past the end: no decay, no input
+                delta = tl.where(valid, delta, 0.0)
+                u = delta * x
+                h = tl.exp2(A * delta[None, :]) * h + u[None, :] * B_now[i].to(tl.float32)[:, None]
+                y = tl.sum(h * C_now[i].to(tl.float32)[:, None], 0) + skip * x
                 if ADD:
-                    y += others
+                    y += y_now[i].to(tl.float32)
+                at = here + (t * next_y + offs_d)
+                mask_t = tl.where(valid, mask_d, False)
                 if SAVE_Y:
-                    tl.store(y_ptr + here, y.to(y_ptr.dtype.element_ty), mask=mask_d)
+                    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=mask_t)
                 if HAS_Z:
+                    z = z_now[i].to(tl.float32)
                     y *= z * sigmoid(z)
-                tl.store(out_ptr + here, y.to(out_ptr.dtype.element_ty), mask=mask_d)
+                tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=mask_t)
     tl.store(h_ptr + state, h, mask=mask)
 
 
@@ -203,7 +252,7 @@ def forward(
                 bias,
                 gate,
                 None if h0 is None else h0.contiguous(),
-                cu_seqlens,
+                None if cu_seqlens is None else adjacent(cu_seqlens),
                 y,
                 out if last else y,
                 final[k],
@@ -214,7 +263,7 @@ def forward(
                 dim // B.shape[2],
                 blocks,
                 programs,
-                CHUNK if keep_states else max(length, 1),
+                CHUNK if keep_states else LONG_CHUNK,
                 **strides,
                 **flags,
                 HAS_H0=h0 is not None,
@@ -225,10 +274,11 @@ def forward(
                 BLOCK_N=block_n,
                 BLOCK_D=block_d,
                 LANE_D=max(1, block_d // 32),
+                WINDOW=WINDOW,
                 num_warps=1,
                 num_stages=1,
                 enable_fp_fusion=True,
-                **register_limit(128),
+                **register_limit(168),
             )
     empty = x.new_empty(0)
     return out, y if save_y else empty, final, kept

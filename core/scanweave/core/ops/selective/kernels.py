@@ -116,4 +116,5 @@ def prepare(inputs: Direction) -> Direction:
     x, dt, A, B, C, D, bias = inputs
     if x.numel() >= 1 << 22:
         B, C = B.float(), C.float()
+    D, bias = (None if v is None else adjacent(v) for v in (D, bias))
     return adjacent(x), adjacent(dt), A.contiguous(), adjacent(B), adjacent(C), D, bias

@@ -38,7 +38,7 @@ class TimeMajor:
         if self.tokens is not None:
             return v[0].index_select(0, self.tokens)
         v = v.transpose(0, 1)
-        return (v.flip(0) if self.reverse else v).reshape(-1, *v.shape[2:])
+        return (v.flip(0) if self.reverse else v).flatten(0, 1)
 
     def from_time(self, v: Tensor) -> Tensor:
         """(T, ...) -> (B, L, ...), contiguous."""
