@@ -10,6 +10,7 @@ Letters: S sequences, T tokens, D channels, G groups, N state. Equations: `refer
 # pyright: reportPossiblyUnboundVariable=false, reportGeneralTypeIssues=false, reportCallIssue=false
 # pyright: reportArgumentType=false, reportOperatorIssue=false, reportIndexIssue=false
 # pyright: reportAttributeAccessIssue=false, reportAssignmentType=false
+# ruff: noqa: RUF005
 
 from collections.abc import Sequence
 
@@ -240,7 +241,7 @@ def forward(
         strides, flags = strides_and_flags(inputs, gate, cu_seqlens, reverse[k], softplus)
         programs = B.shape[2] * blocks
         rates = torch.empty(A.shape[::-1], dtype=torch.float32, device=x.device)
-        torch.mul(A.t(), LOG2_E.value, out=rates)
+        torch.mul(A.t().float(), LOG2_E.value, out=rates)
         with on_device(x):
             _forward_kernel[(sequences * programs,)](
                 xk,
