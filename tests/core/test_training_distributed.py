@@ -9,6 +9,7 @@ import copy
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -160,7 +161,10 @@ def launch(folder: Path, *options: str) -> list[dict[str, Any]]:
     root = Path(__file__).parents[2]
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2"]
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    command += ["--main_process_port", "0", *options, __file__, str(folder)]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command += ["--main_process_port", str(port), *options, __file__, str(folder)]
     done = subprocess.run(
         command,
         env={**os.environ, "PYTHONPATH": str(root / "core"), "OMP_NUM_THREADS": "1"},
@@ -198,6 +202,8 @@ def check(folder: Path, seen: list[dict[str, Any]], tolerance: float) -> None:
             torch.testing.assert_close(a, b, rtol=tolerance, atol=1e-6)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_two_processes_equal_one_with_the_double_batch(tmp_path: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("the launcher would take the GPUs")

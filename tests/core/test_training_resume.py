@@ -227,9 +227,11 @@ def wait_for_rows(folder: Path, rows: int) -> None:
         time.sleep(0.002)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_killed_processes_resume_to_the_same_bits(tmp_path: Path, whole: Path) -> None:
     folder = tmp_path / "run"
-    for count in (3, 11):
+    for count in (3, 9):
         with start(folder) as process:
             wait_for_rows(folder, count)
             # anywhere in the next steps: in a step, in a save, between them
@@ -262,6 +264,7 @@ def test_signal_saves_and_says_how_to_go_on(tmp_path: Path, whole: Path, number:
     assert_same_run(folder, whole)
 
 
+@pytest.mark.timeout(300)
 def test_interrupted_program_ends_cleanly(tmp_path: Path, whole: Path) -> None:
     folder = tmp_path / "run"
     with start(folder, "--workers") as process:
@@ -290,6 +293,6 @@ def test_second_signal_stops_at_once(tmp_path: Path) -> None:
 if __name__ == "__main__":
     train(
         Path(sys.argv[1]),
-        before_step=lambda: time.sleep(0.01),
+        before_step=lambda: time.sleep(0.02),
         workers=2 if "--workers" in sys.argv else 0,
     )

@@ -358,6 +358,23 @@ def test_infinite_loss_stops_before_anything_is_saved(tmp_path: Path, kind: str)
     assert same(weights(saved), weights(model))
 
 
+def test_infinite_loss_is_found_later_where_looking_costs(tmp_path: Path) -> None:
+    calls = []
+
+    def failing(model: nn.Module, batch: Any) -> Tensor:
+        calls.append(1)
+        return loss(model, batch) * (math.nan if len(calls) in (6, 7) else 1.0)
+
+    config = make_config(tmp_path, save_every=4, log_every=5, max_steps=20)
+    trainer = Trainer(config, make_model(), failing, DataLoader(DATA, 7))
+    trainer._look_each_step = False  # as on a GPU
+    with pytest.raises(FloatingPointError, match=r"in step 6 \(newest checkpoint: .*00000004\)"):
+        trainer.fit()
+    assert len(calls) == 8
+    names = [path.name for path in (config.output_dir / "checkpoints").iterdir()]
+    assert names == ["step-00000004"]
+
+
 def test_run_folder_and_finished_runs(tmp_path: Path) -> None:
     def trainer(**values: Any) -> Trainer:
         return Trainer(

@@ -10,9 +10,14 @@ where `loss(model, batch)` returns a scalar, or a scalar and a dict of numbers t
 any torch DataLoader; and `evaluate(model)` returns numbers, the first of which picks the best
 checkpoint. `load_checkpoint(result.best_checkpoint, model)` brings the best weights back.
 
-The script runs on one device as it is, on several under `accelerate launch script.py`
-(`--multi_gpu`, or `--use_fsdp`; on CPUs `--multi_gpu` with `TrainConfig.cpu`). A run that was
-killed goes on with `resume=True` and, on CPUs, ends at the same bits as one that was not.
+The script runs on one device as it is, and on several under
+
+    accelerate launch --multi_gpu --num_processes 4 script.py      # DDP; on CPUs where no GPU is
+    accelerate launch --use_fsdp --fsdp_version 2 --num_processes 4 script.py
+
+(`--cpu --num_processes 4` alone starts one process: accelerate leaves that case to MPI). A run
+that was killed goes on with `resume=True`. On CPUs it ends at the same bits as one that was not;
+on GPUs as near as their kernels repeat themselves.
 
     TrainConfig            all settings; a script's own settings hold one in a field
     Trainer, TrainResult   the loop

@@ -185,5 +185,6 @@ def gather_sharded(model: nn.Module, optimizer: Any) -> tuple[dict[str, Any], di
 
 def scatter_sharded(model: nn.Module, optimizer: Any, named: Mapping[str, Any]) -> None:
     """Split a whole optimiser state over the processes; each must have read it."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    # with cpu_offload, FSDP 1 would take rank 0 to be the only one that has it
+    options = StateDictOptions(full_state_dict=True)
     set_optimizer_state_dict(model, optimizer, dict(named), options=options)

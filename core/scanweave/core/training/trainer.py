@@ -45,7 +45,7 @@ _LOWER_IS_BETTER = ("loss", "error", "mae", "mse", "rmse", "perplexity")
 
 @dataclass
 class TrainResult:
-    """What a run gave.
+    """What a run gave; with several processes, history and metrics are the main process's.
 
     Attributes:
         steps: Optimiser steps made, earlier attempts included.
@@ -144,6 +144,8 @@ class Trainer:
             group.setdefault("initial_lr", group["lr"])
         self._model, self._optimizer = model, optimizer
         self._loss, self._evaluate_with = loss, evaluate
+        # a GPU would have to be waited for
+        self._look_each_step = self.accelerator.device.type == "cpu"
 
     def fit(self) -> TrainResult:
         """Train to the end, or until Ctrl-C or SIGTERM.
@@ -274,7 +276,7 @@ class Trainer:
         watched = total if scaled else total + norm
         bad = ~torch.isfinite(watched) & (self._bad_step < 0)
         self._bad_step = torch.where(bad, state.progress.step + 1, self._bad_step)
-        if device.type == "cpu":
+        if self._look_each_step:
             self._refuse_bad_step()
         optimizer.step()
         optimizer.zero_grad()
