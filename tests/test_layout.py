@@ -21,6 +21,8 @@ SOURCES = sorted(path for portion in PORTIONS for path in (ROOT / portion).rglob
 PYTHON_FILES = sorted(
     [*SOURCES, *(p for d in ("tests", "benchmarks", "tools") for p in (ROOT / d).rglob("*.py"))]
 )
+# about 400; the slack is for a docstring more, not for a class more
+LONGEST = 425
 # the command line talks to people; everything else returns, raises or logs
 MAY_PRINT = {"core/scanweave/core/cli.py"}
 
@@ -95,7 +97,7 @@ def test_imports_point_downwards(path: Path):
 
 @pytest.mark.parametrize("path", PYTHON_FILES, ids=relative)
 def test_file_is_short(path: Path):
-    assert len(path.read_text().splitlines()) <= 400
+    assert len(path.read_text().splitlines()) <= LONGEST
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=relative)
