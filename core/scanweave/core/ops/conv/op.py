@@ -277,8 +277,10 @@ def _last_inputs(
     )
     if state is None:
         return torch.where(inside, rows, 0.0)
-    older = (step + count).clamp(max=max(count - 1, 0)).unsqueeze(-1)
-    return torch.where(inside, rows, state.to(x.dtype).take_along_dim(older, 1))
+    older = (step + count).clamp(max=max(count - 1, 0))
+    # not take_along_dim, for which a compiler fixes the number of sequences
+    owner = torch.arange(state.shape[0], device=x.device).unsqueeze(1)
+    return torch.where(inside, rows, state.to(x.dtype)[owner, older])
 
 
 def causal_conv1d_step(
