@@ -1,8 +1,9 @@
 """Selective scan as a torch operator: registration and gradients.
 
 One registered op runs any number of directions over the same tokens and adds them. The device of
-the tensors decides how: on a GPU float32, bfloat16 and float16 run through the Triton kernels,
-everything else through `portable.py`. Equations and letters: `reference.py`.
+the tensors decides how: float32, bfloat16 and float16 run through the Triton kernels on a GPU and
+through `compiled.py` on a CPU with a C compiler, everything else through `portable.py`. Equations
+and letters: `reference.py`.
 
 Registered by `Library.define` + `impl` with an `autograd.Function` around it, not by
 `custom_op`: 8 us against 24 us a call on a CPU, and a roll-out is many small calls. The same
@@ -21,7 +22,7 @@ from ..checks import (
     computing_dtype,
     on_kernels,
 )
-from . import backward_kernel, forward_kernel, portable
+from . import backward_kernel, compiled, forward_kernel, portable
 from .kernels import checkpoints_shape
 
 _lib = torch.library.Library("scanweave", "FRAGMENT")
@@ -84,6 +85,8 @@ def _forward(
         return forward_kernel.forward(
             directions, start, z, cu_seqlens, reverse, dt_softplus, keep_states=training
         )
+    if dtype == torch.float32 and compiled.takes([*x, *dt, *B, *C, *([] if z is None else [z])]):
+        return compiled.forward(directions, start, z, cu_seqlens, reverse, dt_softplus, training)
     with torch.autocast(x[0].device.type, enabled=False):
         total, finals = None, []
         for inputs, h0, back in zip(directions, start, reverse, strict=True):
@@ -129,6 +132,20 @@ def _backward(
             dt_softplus,
             y,
             checkpoints,
+        )
+    elif dtype == torch.float32 and compiled.takes(
+        [dout, *x, *dt, *B, *C, *([] if z is None else [z])]
+    ):
+        grads, dz = compiled.backward(
+            dout,
+            dfinal,
+            directions,
+            initial_state or [None] * len(x),
+            z,
+            cu_seqlens,
+            reverse,
+            dt_softplus,
+            y,
         )
     else:
         with torch.autocast(x[0].device.type, enabled=False):

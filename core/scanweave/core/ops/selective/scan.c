@@ -1,0 +1,768 @@
+/* The selective scan on a CPU: equations in `reference.py`, gradients in `portable.py`.
+ *
+ * One vector holds the same state entry of VL adjacent channels ("a block"). Time runs in chunks
+ * of 32 steps whose rows are first copied to the cache as float32, whatever their dtype and
+ * direction; then the chunk is run for a few state entries at a time with those in registers.
+ * Work is split into (sequence, panel of blocks) items, a contiguous range of them per part, and
+ * sums over channels or sequences are added part by part: results repeat bit by bit for a given
+ * number of parts. No -ffast-math: it removes the rounding in `rounded`.
+ *
+ * Letters: S sequences, T tokens, D channels, N state, G groups.
+ */
+#define _POSIX_C_SOURCE 200112L /* posix_memalign */
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+/* the widest vector that the machine has: twice that runs ten times slower */
+#if defined(__AVX512F__)
+#define VL 16
+#define EVEN 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30
+#define ODD 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31
+#elif defined(__AVX__)
+#define VL 8
+#define EVEN 0, 2, 4, 6, 8, 10, 12, 14
+#define ODD 1, 3, 5, 7, 9, 11, 13, 15
+#else
+#define VL 4
+#define EVEN 0, 2, 4, 6
+#define ODD 1, 3, 5, 7
+#endif
+#define STEPS 32 /* of a chunk: all that a chunk of two state entries touches fits in L1 */
+#define PANEL 4  /* blocks that share one pass over B and C */
+
+typedef float vf __attribute__((vector_size(4 * VL), may_alias));
+typedef int32_t vi __attribute__((vector_size(4 * VL), may_alias));
+#define INLINE static inline __attribute__((always_inline))
+
+enum { FLOAT32, BFLOAT16, FLOAT16 };
+
+/* ---- arguments: all fields have 8 bytes, so that the caller fills an array of int64 ---- */
+
+typedef struct {
+    char *data; /* NULL: absent */
+    int64_t type, batch, row, group; /* strides in elements; channels or states are adjacent */
+} Rows;
+
+typedef struct {
+    int64_t parts, sequences, length, dim, state, groups, reverse, softplus;
+    const int64_t *cu; /* (S + 1,) starts in the one batch row, or NULL */
+    const float *A, *D, *bias, *initial; /* (D, N), (D,), (D,), (S, D, N); contiguous */
+    Rows x, dt, B, C, z;
+} Inputs;
+
+typedef struct {
+    Inputs in;
+    const float *before; /* (T, D) y of the directions before this one, or NULL */
+    float *y;            /* (T, D) sum of directions, before the gate, or NULL */
+    Rows out;            /* absent but for the last direction */
+    float *final;        /* (S, D, N) */
+} Forward;
+
+typedef struct {
+    Inputs in;
+    Rows dout;
+    const float *y, *dfinal;                /* as the forward's; dfinal may be NULL */
+    Rows dx, ddt, dz;                       /* dz absent but for one direction */
+    float *dA, *dB, *dC, *dD, *dbias, *dinitial; /* (D, N), 2 x (T, G, N) of zeros, ... */
+} Backward;
+
+/* ---- numbers ---- */
+
+INLINE vf splat(float v) { return v - (vf){0}; }
+INLINE vf select(vi mask, vf yes, vf no) { return (vf)((mask & (vi)yes) | (~mask & (vi)no)); }
+
+INLINE vf rounded(vf v) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_roundscale_ps((__m512)v, 8);
+#else
+    return (v + 12582912.f) - 12582912.f; /* 1.5 * 2^23 */
+#endif
+}
+
+/* 2^f for |f| <= 1/2, relative error 2e-9 before rounding; exactly 1 at 0 */
+INLINE vf power_of_fraction(vf f) {
+    vf p = f * 1.53533619e-4f + 1.33988744e-3f;
+    p = f * p + 9.61843736e-3f;
+    p = f * p + 5.55033247e-2f;
+    p = f * p + 2.40226479e-1f;
+    p = f * p + 6.93147203e-1f;
+    return f * p + 1.f;
+}
+
+/* p * 2^r for p in [0.7, 1.5] and whole r; 0 below the normal numbers, NaN stays NaN */
+INLINE vf scaled(vf p, vf r) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_scalef_ps((__m512)p, (__m512)r);
+#else
+    vi shifted = (vi)p + (((vi)(r + 12582912.f)) << 23);
+    vi big = ~(r < 128.f); /* and NaN */
+    vf value = (vf)(shifted & ~(r < -126.f));
+    return select(big, r + INFINITY, value);
+#endif
+}
+
+INLINE vf exp2_of(vf v) {
+#if defined(__AVX512F__)
+    v = (vf)_mm512_max_ps(_mm512_set1_ps(-1e4f), (__m512)v); /* -inf - -inf is NaN; NaN stays */
+#else
+    v = select(v < -1e4f, splat(-1e4f), v);
+#endif
+    vf r = rounded(v);
+    return scaled(power_of_fraction(v - r), r);
+}
+
+/* exp(-|v|); log2(e) in two parts, for a relative error of 1e-7 at any v */
+INLINE vf exp_of_minus_abs(vf v) {
+    vf m = (vf)((vi)v | INT32_MIN);
+    m = select(m < -1e3f, splat(-1e3f), m);
+    vf r = rounded(m * 1.44269502f);
+    return scaled(power_of_fraction((m * 1.44269502f - r) + m * 1.92596303e-8f), r);
+}
+
+/* log(1 + e^v) = max(v, 0) + 2 atanh(s), s = e^-|v| / (2 + e^-|v|); and its derivative */
+INLINE vf softplus(vf v, vf *slope) {
+    vf e = exp_of_minus_abs(v), s = e / (e + 2.f), w = s * s, big = 1.f / (e + 1.f);
+    vf p = w * (w * (w * 0.28174657f + 0.27961418f) + 0.40024853f) + 0.66666317f;
+    *slope = select(v < 0.f, e * big, big);
+    return select(v > 0.f, v, splat(0)) + s * (w * p + 2.f);
+}
+
+INLINE vf sigmoid(vf v) {
+    vf e = exp_of_minus_abs(v), big = 1.f / (e + 1.f);
+    return select(v < 0.f, e * big, big);
+}
+
+INLINE vf pairs(vf a, vf b) {
+#if defined(__clang__) || __GNUC__ >= 12
+    return __builtin_shufflevector(a, b, EVEN) + __builtin_shufflevector(a, b, ODD);
+#else
+    return __builtin_shuffle(a, b, (vi){EVEN}) + __builtin_shuffle(a, b, (vi){ODD});
+#endif
+}
+
+/* the sum of each of VL vectors, as one vector */
+INLINE vf sums_2(const vf *v) { return pairs(v[0], v[1]); }
+INLINE vf sums_4(const vf *v) { return pairs(sums_2(v), sums_2(v + 2)); }
+INLINE vf sums_8(const vf *v) { return pairs(sums_4(v), sums_4(v + 4)); }
+INLINE vf sums_16(const vf *v) { return pairs(sums_8(v), sums_8(v + 8)); }
+INLINE vf sums(const vf *v) { return VL == 16 ? sums_16(v) : VL == 8 ? sums_8(v) : sums_4(v); }
+
+/* ---- rows of any dtype ---- */
+
+INLINE float from_bfloat16(uint16_t v) {
+    uint32_t bits = (uint32_t)v << 16;
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+INLINE uint16_t to_bfloat16(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    uint32_t near = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    return (bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : near;
+}
+
+INLINE void load(float *to, const char *from, int64_t type, int64_t at, int count) {
+    if (type == FLOAT32) {
+        memcpy(to, (const float *)from + at, 4 * (size_t)count);
+    } else if (type == BFLOAT16) {
+        for (int i = 0; i < count; i++) to[i] = from_bfloat16(((const uint16_t *)from)[at + i]);
+    } else {
+#if defined(__FLT16_MAX__)
+        for (int i = 0; i < count; i++) to[i] = (float)((const _Float16 *)from)[at + i];
+#endif
+    }
+}
+
+INLINE void store(char *to, const float *from, int64_t type, int64_t at, int count) {
+    if (type == FLOAT32) {
+        memcpy((float *)to + at, from, 4 * (size_t)count);
+    } else if (type == BFLOAT16) {
+        for (int i = 0; i < count; i++) ((uint16_t *)to)[at + i] = to_bfloat16(from[i]);
+    } else {
+#if defined(__FLT16_MAX__)
+        for (int i = 0; i < count; i++) ((_Float16 *)to)[at + i] = (_Float16)from[i];
+#endif
+    }
+}
+
+/* whether the compiler knows float16 */
+int scanweave_float16(void) {
+#if defined(__FLT16_MAX__)
+    return 1;
+#else
+    return 0;
+#endif
+}
+
+int scanweave_lanes(void) { return VL; }
+
+int scanweave_openmp(void) {
+#if defined(_OPENMP)
+    return 1;
+#else
+    return 0;
+#endif
+}
+
+/* ---- where things are ---- */
+
+typedef struct {
+    int64_t batch, first, length; /* batch row, first token in it, tokens */
+    int64_t token;                /* the first token's place among all T */
+} Sequence;
+
+typedef struct {
+    int64_t per_group, blocks, panel, panels; /* channels, blocks, blocks a panel, panels a group */
+    int64_t *bounds;                          /* (parts + 1,) ranges of items */
+} Plan;
+
+static Sequence sequence_of(const Inputs *in, int64_t s) {
+    if (!in->cu) return (Sequence){s, 0, in->length, s * in->length};
+    return (Sequence){0, in->cu[s], in->cu[s + 1] - in->cu[s], in->cu[s]};
+}
+
+/* a chunk's rows, in the order of the scan */
+typedef struct {
+    int64_t start, step; /* token of its first row within the batch row; +1 or -1 */
+    int64_t batch, token; /* token: as start, among all T */
+    int64_t ahead;        /* from a row to the one that the chunk after this one has in its place */
+    int rows;
+} Chunk;
+
+static Chunk chunk_of(const Inputs *in, Sequence q, int64_t index, int back) {
+    int64_t at = index * STEPS, left = q.length - at;
+    if (in->reverse) at = q.length - 1 - at;
+    return (Chunk){q.first + at, in->reverse ? -1 : 1, q.batch, q.token + at,
+                   !in->reverse == !back ? STEPS : -STEPS, (int)(left < STEPS ? left : STEPS)};
+}
+
+INLINE int64_t place(const Rows *r, Chunk c, int t) {
+    return c.batch * r->batch + (c.start + t * c.step) * r->row;
+}
+
+static void load_block(vf *to, const Rows *r, Chunk c, int64_t channel, int lanes) {
+    const int64_t size = r->type == FLOAT32 ? 4 : 2;
+    if (lanes == VL) {
+        for (int t = 0; t < c.rows; t++) {
+            int64_t at = place(r, c, t) + channel;
+            __builtin_prefetch((const char *)((uintptr_t)r->data + (at + c.ahead * r->row) * size));
+            load((float *)(to + t), r->data, r->type, at, VL);
+        }
+        return;
+    }
+    for (int t = 0; t < c.rows; t++) {
+        to[t] = splat(0);
+        load((float *)(to + t), r->data, r->type, place(r, c, t) + channel, lanes);
+    }
+}
+
+static void store_block(const Rows *r, const vf *from, Chunk c, int64_t channel, int lanes) {
+    if (lanes == VL) {
+        for (int t = 0; t < c.rows; t++)
+            store(r->data, (const float *)(from + t), r->type, place(r, c, t) + channel, VL);
+        return;
+    }
+    for (int t = 0; t < c.rows; t++)
+        store(r->data, (const float *)(from + t), r->type, place(r, c, t) + channel, lanes);
+}
+
+/* a chunk's rows of B or C as float32: in place where they are, else copied to `buffer` */
+typedef struct {
+    const float *data;
+    ptrdiff_t row;
+} Vectors;
+
+static Vectors vectors_of(const Rows *r, Chunk c, int64_t group, int64_t state, float *buffer) {
+    int64_t at = place(r, c, 0) + group * r->group;
+    if (r->type == FLOAT32)
+        return (Vectors){(const float *)r->data + at, (ptrdiff_t)(c.step * r->row)};
+    for (int t = 0; t < c.rows; t++)
+        load(buffer + t * state, r->data, r->type, place(r, c, t) + group * r->group, (int)state);
+    return (Vectors){buffer, (ptrdiff_t)state};
+}
+
+/* `lanes` rows of a (D, N) array to N vectors, times a factor; and back */
+static void load_state(vf *to, const float *from, int64_t state, int lanes, float factor) {
+    for (int64_t n = 0; n < state; n++) {
+        to[n] = splat(0);
+        if (from)
+            for (int i = 0; i < lanes; i++) ((float *)(to + n))[i] = factor * from[i * state + n];
+    }
+}
+
+static void store_state(float *to, const vf *from, int64_t state, int lanes) {
+    for (int64_t n = 0; n < state; n++)
+        for (int i = 0; i < lanes; i++) to[i * state + n] = ((const float *)(from + n))[i];
+}
+
+static vf load_channels(const float *from, int64_t channel, int lanes) {
+    vf v = splat(0);
+    if (from) memcpy(&v, from + channel, 4 * (size_t)lanes);
+    return v;
+}
+
+/* ---- one chunk of one block ---- */
+
+typedef struct {
+    vf x[STEPS], delta[STEPS], slope[STEPS], input[STEPS]; /* input = delta x */
+} Steps;
+
+static void load_steps(Steps *s, const Inputs *in, Chunk c, int64_t channel, int lanes) {
+    vf bias = load_channels(in->bias, channel, lanes);
+    load_block(s->x, &in->x, c, channel, lanes);
+    load_block(s->delta, &in->dt, c, channel, lanes);
+    for (int t = 0; t < c.rows; t++) {
+        vf raw = s->delta[t] + bias;
+        s->slope[t] = splat(1.f);
+        s->delta[t] = in->softplus ? softplus(raw, &s->slope[t]) : raw;
+        s->input[t] = s->delta[t] * s->x[t];
+    }
+}
+
+/* run `count` state entries through a chunk; y NULL: only the states */
+INLINE void advance(const int count, int rows, const Steps *s, const vf *A2, vf *h,
+                    const float *B, ptrdiff_t row_b, const float *C, ptrdiff_t row_c, vf *y) {
+    vf state[4], rate[4];
+    for (int j = 0; j < count; j++) state[j] = h[j], rate[j] = A2[j];
+    for (int t = 0; t < rows; t++) {
+        vf delta = s->delta[t], input = s->input[t], read = splat(0);
+        for (int j = 0; j < count; j++) {
+            state[j] = exp2_of(delta * rate[j]) * state[j] + input * B[t * row_b + j];
+            if (y) read += state[j] * C[t * row_c + j];
+        }
+        if (y) y[t] += read;
+    }
+    for (int j = 0; j < count; j++) h[j] = state[j];
+}
+
+static void advance_all(int64_t state, int rows, const Steps *s, const vf *A2, vf *h, Vectors B,
+                        Vectors C, vf *y) {
+    int64_t n = 0;
+    for (; n + 4 <= state; n += 4)
+        advance(4, rows, s, A2 + n, h + n, B.data + n, B.row, C.data + n, C.row, y);
+    for (; n < state; n++)
+        advance(1, rows, s, A2 + n, h + n, B.data + n, B.row, C.data + n, C.row, y);
+}
+
+static void skim_all(int64_t state, int rows, const Steps *s, const vf *A2, vf *h, Vectors B) {
+    int64_t n = 0;
+    for (; n + 4 <= state; n += 4)
+        advance(4, rows, s, A2 + n, h + n, B.data + n, B.row, NULL, 0, NULL);
+    for (; n < state; n++)
+        advance(1, rows, s, A2 + n, h + n, B.data + n, B.row, NULL, 0, NULL);
+}
+
+typedef struct {
+    Steps steps;
+    vf g[STEPS];              /* gradient of y */
+    vf r1[STEPS], r2[STEPS];  /* sum_n s B, sum_n s decay h[t-1] A */
+    vf decay[2 * STEPS], moved[2 * STEPS], for_B[2 * STEPS], for_C[2 * STEPS];
+} Walk;
+
+/* run `count` state entries through a chunk and back; dB, dC (count, STEPS) are added to */
+INLINE void walk(const int count, int rows, Walk *k, const vf *A2, const vf *A, const vf *h, vf *e,
+                 vf *dA, const float *B, ptrdiff_t row_b, const float *C, ptrdiff_t row_c,
+                 float *dB, float *dC) {
+    const Steps *s = &k->steps;
+    vf state[2], later[2], rate[2], slope[2];
+    for (int j = 0; j < count; j++) state[j] = h[j], rate[j] = A2[j];
+    for (int t = 0; t < rows; t++) {
+        vf delta = s->delta[t], input = s->input[t], g = k->g[t];
+        for (int j = 0; j < count; j++) {
+            vf decay = exp2_of(delta * rate[j]), moved = decay * state[j];
+            state[j] = moved + input * B[t * row_b + j];
+            k->decay[j * STEPS + t] = decay;
+            k->moved[j * STEPS + t] = moved;
+            k->for_C[j * STEPS + t] = g * state[j];
+        }
+    }
+    for (int j = 0; j < count; j++) later[j] = e[j], rate[j] = A[j], slope[j] = splat(0);
+    for (int t = rows - 1; t >= 0; t--) {
+        vf delta = s->delta[t], input = s->input[t], g = k->g[t], r1 = k->r1[t], r2 = k->r2[t];
+        for (int j = 0; j < count; j++) {
+            vf sent = g * C[t * row_c + j] + later[j];
+            vf q = sent * k->moved[j * STEPS + t];
+            k->for_B[j * STEPS + t] = sent * input;
+            r1 += sent * B[t * row_b + j];
+            r2 += q * rate[j];
+            slope[j] += q * delta;
+            later[j] = k->decay[j * STEPS + t] * sent;
+        }
+        k->r1[t] = r1;
+        k->r2[t] = r2;
+    }
+    for (int j = 0; j < count; j++) {
+        e[j] = later[j];
+        dA[j] += slope[j];
+        for (int t = rows; t % VL; t++)
+            k->for_B[j * STEPS + t] = k->for_C[j * STEPS + t] = splat(0);
+        for (int t = 0; t < rows; t += VL) {
+            *(vf *)(dB + j * STEPS + t) += sums(k->for_B + j * STEPS + t);
+            *(vf *)(dC + j * STEPS + t) += sums(k->for_C + j * STEPS + t);
+        }
+    }
+}
+
+/* ---- plans and memory ---- */
+
+static void *allocate(size_t bytes) {
+    void *memory = NULL;
+    return posix_memalign(&memory, 64, bytes ? bytes : 64) ? NULL : memory;
+}
+
+static int make_plan(Plan *plan, const Inputs *in) {
+    plan->per_group = in->dim / in->groups;
+    plan->blocks = (plan->per_group + VL - 1) / VL;
+    /* small panels where large ones would leave parts without work */
+    for (plan->panel = PANEL; plan->panel > 1; plan->panel /= 2) {
+        plan->panels = (plan->blocks + plan->panel - 1) / plan->panel;
+        if (in->parts == 1 || in->sequences * in->groups * plan->panels >= 4 * in->parts) break;
+    }
+    plan->panels = (plan->blocks + plan->panel - 1) / plan->panel;
+    plan->bounds = malloc(sizeof(int64_t) * (size_t)(in->parts + 1));
+    if (!plan->bounds) return 1;
+    /* parts of equal work: a sequence costs its steps and a few for starting */
+    const int64_t per_sequence = in->groups * plan->panels, fixed = 4;
+    int64_t tokens = in->cu ? in->length : in->sequences * in->length;
+    double total = (double)(tokens + fixed * in->sequences), before = 0;
+    int64_t part = 0;
+    for (int64_t s = 0; s < in->sequences; s++) {
+        double cost = (double)(sequence_of(in, s).length + fixed);
+        for (; part < in->parts; part++) {
+            double share = (total * (double)part / (double)in->parts - before) / cost;
+            if (share >= 1) break;
+            int64_t item = (int64_t)ceil(share * (double)per_sequence);
+            plan->bounds[part] = s * per_sequence + (item < 0 ? 0 : item);
+        }
+        before += cost;
+    }
+    for (; part <= in->parts; part++) plan->bounds[part] = in->sequences * per_sequence;
+    return 0;
+}
+
+typedef struct {
+    Sequence sequence;
+    int64_t index, group, block, channel, count; /* first block in the group, its channel, blocks */
+} Item;
+
+static Item item_of(const Inputs *in, const Plan *plan, int64_t item) {
+    int64_t per_sequence = in->groups * plan->panels, s = item / per_sequence;
+    int64_t group = item % per_sequence / plan->panels, block = item % plan->panels * plan->panel;
+    int64_t left = plan->blocks - block;
+    return (Item){sequence_of(in, s), s, group, block, group * plan->per_group + block * VL,
+                  left < plan->panel ? left : plan->panel};
+}
+
+INLINE int lanes_of(const Plan *plan, int64_t block) {
+    int64_t left = plan->per_group - block * VL;
+    return (int)(left < VL ? left : VL);
+}
+
+static const float *row_of(const float *states, const Inputs *in, int64_t s, int64_t channel) {
+    return states ? states + (s * in->dim + channel) * in->state : NULL;
+}
+
+#define LOG2_E 1.44269504f
+
+/* ---- forward ---- */
+
+static size_t forward_bytes(const Inputs *in) {
+    return sizeof(vf) * (size_t)in->state * 2 * PANEL + 8 * STEPS * (size_t)in->state;
+}
+
+static void forward_item(const Forward *f, const Plan *plan, Item item, char *memory) {
+    const Inputs *in = &f->in;
+    const int64_t N = in->state;
+    vf *A2 = (vf *)memory, *h = A2 + PANEL * N;
+    float *buffer_b = (float *)(h + PANEL * N), *buffer_c = buffer_b + STEPS * N;
+    const int64_t end = item.sequence.length;
+    for (int64_t b = 0; b < item.count; b++) {
+        int64_t channel = item.channel + b * VL;
+        int lanes = lanes_of(plan, item.block + b);
+        load_state(A2 + b * N, in->A + channel * N, N, lanes, LOG2_E);
+        load_state(h + b * N, row_of(in->initial, in, item.index, channel), N, lanes, 1);
+    }
+    for (int64_t i = 0; i * STEPS < end; i++) {
+        Chunk c = chunk_of(in, item.sequence, i, 0);
+        Vectors B = vectors_of(&in->B, c, item.group, N, buffer_b);
+        Vectors C = vectors_of(&in->C, c, item.group, N, buffer_c);
+        for (int64_t b = 0; b < item.count; b++) {
+            Steps s;
+            vf y[STEPS], other[STEPS];
+            int64_t channel = item.channel + b * VL;
+            int lanes = lanes_of(plan, item.block + b);
+            /* dense (T, D) arrays of this run, seen as one batch row */
+            Chunk flat = {c.token, c.step, 0, c.token, c.ahead, c.rows};
+            Rows before = {(char *)f->before, FLOAT32, 0, in->dim, 0};
+            Rows kept = {(char *)f->y, FLOAT32, 0, in->dim, 0};
+            load_steps(&s, in, c, channel, lanes);
+            vf D = load_channels(in->D, channel, lanes);
+            if (in->D)
+                for (int t = 0; t < c.rows; t++) y[t] = D * s.x[t];
+            else
+                memset(y, 0, sizeof y);
+            advance_all(N, c.rows, &s, A2 + b * N, h + b * N, B, C, y);
+            if (f->before) {
+                load_block(other, &before, flat, channel, lanes);
+                for (int t = 0; t < c.rows; t++) y[t] = other[t] + y[t];
+            }
+            if (f->y) store_block(&kept, y, flat, channel, lanes);
+            if (!f->out.data) continue;
+            if (in->z.data) {
+                load_block(other, &in->z, c, channel, lanes);
+                for (int t = 0; t < c.rows; t++) y[t] *= other[t] * sigmoid(other[t]);
+            }
+            store_block(&f->out, y, c, channel, lanes);
+        }
+    }
+    for (int64_t b = 0; b < item.count; b++)
+        store_state((float *)row_of(f->final, in, item.index, item.channel + b * VL), h + b * N, N,
+                    lanes_of(plan, item.block + b));
+}
+
+/* 0, or 1 where memory runs out */
+int scanweave_scan_forward(const Forward *f) {
+    Plan plan;
+    if (make_plan(&plan, &f->in)) return 1;
+    const int parts = (int)f->in.parts;
+    size_t bytes = (forward_bytes(&f->in) + 63) / 64 * 64;
+    char *memory = allocate(bytes * (size_t)parts);
+    if (memory) {
+        /* not a team of one: after a fork only that is safe */
+#pragma omp parallel for schedule(static, 1) num_threads(parts) if (parts > 1)
+        for (int part = 0; part < parts; part++)
+            for (int64_t i = plan.bounds[part]; i < plan.bounds[part + 1]; i++)
+                forward_item(f, &plan, item_of(&f->in, &plan, i), memory + (size_t)part * bytes);
+    }
+    free(memory);
+    free(plan.bounds);
+    return memory ? 0 : 1;
+}
+
+/* ---- backward ---- */
+
+/* what one part adds up; `shared` are sequences that it does not run alone */
+typedef struct {
+    char *memory;
+    vf *sums;        /* (G, blocks, N + 2): dA, dD, dbias */
+    int64_t shared[2]; /* index of a sequence, or -1 */
+    float *sums_of[2]; /* 2 x (its tokens, G, N) for dB and dC, or NULL */
+} Part;
+
+static size_t backward_bytes(const Inputs *in, const Plan *plan, int part) {
+    int64_t longest = 0, per_sequence = in->groups * plan->panels;
+    int64_t first = plan->bounds[part] / per_sequence, end = plan->bounds[part + 1];
+    for (int64_t s = first; s * per_sequence < end; s++) {
+        int64_t length = sequence_of(in, s).length;
+        if (length > longest) longest = length;
+    }
+    size_t kept = (size_t)(longest / STEPS + 2) * (size_t)(plan->panel * in->state) * sizeof(vf);
+    /* states at chunk starts; A2, A, e of a panel; rows of B and C; dB and dC of a chunk */
+    return kept + 3 * PANEL * (size_t)in->state * sizeof(vf) + 16 * STEPS * (size_t)in->state;
+}
+
+static void backward_block(const Backward *k, Chunk c, int64_t channel, int lanes, const vf *A2,
+                           const vf *A, const vf *h, vf *e, Vectors B, Vectors C, float *dB,
+                           float *dC, vf *total) {
+    const Inputs *in = &k->in;
+    const int64_t N = in->state;
+    Walk w;
+    vf z[STEPS], y[STEPS];
+    load_steps(&w.steps, in, c, channel, lanes);
+    load_block(w.g, &k->dout, c, channel, lanes);
+    if (in->z.data) {
+        Chunk flat = {c.token, c.step, 0, c.token, c.ahead, c.rows};
+        Rows kept = {(char *)k->y, FLOAT32, 0, in->dim, 0};
+        load_block(z, &in->z, c, channel, lanes);
+        if (k->dz.data) load_block(y, &kept, flat, channel, lanes);
+        for (int t = 0; t < c.rows; t++) {
+            vf gate = sigmoid(z[t]), dout = w.g[t];
+            w.g[t] = dout * z[t] * gate;
+            if (k->dz.data) y[t] = dout * y[t] * gate * (1.f + z[t] * (1.f - gate));
+        }
+        if (k->dz.data) store_block(&k->dz, y, c, channel, lanes);
+    }
+    for (int t = 0; t < c.rows; t++) w.r1[t] = w.r2[t] = splat(0);
+    int64_t n = 0;
+    for (; n + 2 <= N; n += 2)
+        walk(2, c.rows, &w, A2 + n, A + n, h + n, e + n, total + n, B.data + n, B.row, C.data + n,
+             C.row, dB + n * STEPS, dC + n * STEPS);
+    for (; n < N; n++)
+        walk(1, c.rows, &w, A2 + n, A + n, h + n, e + n, total + n, B.data + n, B.row, C.data + n,
+             C.row, dB + n * STEPS, dC + n * STEPS);
+    vf D = load_channels(in->D, channel, lanes), dD = splat(0), dbias = splat(0);
+    for (int t = 0; t < c.rows; t++) {
+        vf x = w.steps.x[t];
+        vf ddt = (w.r1[t] * x + w.r2[t]) * w.steps.slope[t];
+        dD += w.g[t] * x;
+        dbias += ddt;
+        w.r1[t] *= w.steps.delta[t];
+        if (in->D) w.r1[t] += D * w.g[t];
+        w.r2[t] = ddt;
+    }
+    total[N] += dD;
+    total[N + 1] += dbias;
+    store_block(&k->dx, w.r1, c, channel, lanes);
+    store_block(&k->ddt, w.r2, c, channel, lanes);
+}
+
+static void backward_item(const Backward *k, const Plan *plan, Item item, Part *part) {
+    const Inputs *in = &k->in;
+    const int64_t N = in->state, G = in->groups, size = plan->panel * N;
+    const int64_t chunks = (item.sequence.length + STEPS - 1) / STEPS;
+    vf *A2 = (vf *)part->memory, *A = A2 + PANEL * N, *e = A + PANEL * N;
+    float *buffer_b = (float *)(e + PANEL * N), *buffer_c = buffer_b + STEPS * N;
+    float *chunk_b = buffer_c + STEPS * N, *chunk_c = chunk_b + STEPS * N;
+    vf *kept = (vf *)(chunk_c + STEPS * N);
+    vf *total = part->sums + (item.group * plan->blocks + item.block) * (N + 2);
+    float *dB = k->dB + item.sequence.token * G * N, *dC = k->dC + item.sequence.token * G * N;
+    for (int i = 0; i < 2; i++)
+        if (part->shared[i] == item.index) {
+            dB = part->sums_of[i];
+            dC = dB + item.sequence.length * G * N;
+        }
+    for (int64_t b = 0; b < item.count; b++) {
+        int64_t channel = item.channel + b * VL;
+        int lanes = lanes_of(plan, item.block + b);
+        load_state(A2 + b * N, in->A + channel * N, N, lanes, LOG2_E);
+        load_state(A + b * N, in->A + channel * N, N, lanes, 1);
+        load_state(kept + b * N, row_of(in->initial, in, item.index, channel), N, lanes, 1);
+        load_state(e + b * N, row_of(k->dfinal, in, item.index, channel), N, lanes, 1);
+    }
+    for (int64_t i = 0; i + 1 < chunks; i++) {
+        Chunk c = chunk_of(in, item.sequence, i, 0);
+        Vectors B = vectors_of(&in->B, c, item.group, N, buffer_b);
+        vf *h = kept + (i + 1) * size;
+        memcpy(h, kept + i * size, (size_t)size * sizeof(vf));
+        for (int64_t b = 0; b < item.count; b++) {
+            Steps s;
+            int lanes = lanes_of(plan, item.block + b);
+            load_steps(&s, in, c, item.channel + b * VL, lanes);
+            skim_all(N, c.rows, &s, A2 + b * N, h + b * N, B);
+        }
+    }
+    for (int64_t i = chunks - 1; i >= 0; i--) {
+        Chunk c = chunk_of(in, item.sequence, i, 1);
+        Vectors B = vectors_of(&in->B, c, item.group, N, buffer_b);
+        Vectors C = vectors_of(&in->C, c, item.group, N, buffer_c);
+        memset(chunk_b, 0, 8 * STEPS * (size_t)N);
+        for (int64_t b = 0; b < item.count; b++)
+            backward_block(k, c, item.channel + b * VL, lanes_of(plan, item.block + b), A2 + b * N,
+                           A + b * N, kept + i * size + b * N, e + b * N, B, C, chunk_b, chunk_c,
+                           total + b * (N + 2));
+        for (int t = 0; t < c.rows; t++) {
+            int64_t token = c.token + t * c.step - item.sequence.token;
+            float *row_b = dB + (token * G + item.group) * N;
+            float *row_c = dC + (token * G + item.group) * N;
+            for (int64_t n = 0; n < N; n++) {
+                row_b[n] += chunk_b[n * STEPS + t];
+                row_c[n] += chunk_c[n * STEPS + t];
+            }
+        }
+    }
+    for (int64_t b = 0; b < item.count; b++)
+        store_state((float *)row_of(k->dinitial, in, item.index, item.channel + b * VL), e + b * N,
+                    N, lanes_of(plan, item.block + b));
+}
+
+static int open_part(Part *p, const Inputs *in, const Plan *plan, int part) {
+    int64_t per_sequence = in->groups * plan->panels;
+    int64_t low = plan->bounds[part], high = plan->bounds[part + 1];
+    size_t blocks = (size_t)(in->groups * plan->blocks * (in->state + 2));
+    *p = (Part){NULL, NULL, {-1, -1}, {NULL, NULL}};
+    if (low == high) return 0;
+    int64_t first = low / per_sequence, last = (high - 1) / per_sequence;
+    if (low % per_sequence || (first == last && high % per_sequence)) p->shared[0] = first;
+    if (last > first && high % per_sequence) p->shared[1] = last;
+    for (int i = 0; i < 2; i++) {
+        if (p->shared[i] < 0) continue;
+        int64_t length = sequence_of(in, p->shared[i]).length;
+        p->sums_of[i] = calloc((size_t)(2 * length * in->groups * in->state) + 1, sizeof(float));
+        if (!p->sums_of[i]) return 1;
+    }
+    p->memory = allocate(backward_bytes(in, plan, part));
+    p->sums = allocate(blocks * sizeof(vf));
+    if (!p->memory || !p->sums) return 1;
+    memset(p->sums, 0, blocks * sizeof(vf));
+    return 0;
+}
+
+/* dA, dD and dbias of one block, over all parts in their order */
+static void add_block(const Backward *k, const Plan *plan, const Part *parts, int64_t index) {
+    const Inputs *in = &k->in;
+    const int64_t N = in->state, group = index / plan->blocks, block = index % plan->blocks;
+    const int64_t channel = group * plan->per_group + block * VL;
+    const int lanes = lanes_of(plan, block);
+    for (int64_t n = 0; n < N + 2; n++) {
+        vf total = splat(0);
+        for (int part = 0; part < (int)in->parts; part++)
+            if (parts[part].sums) total += parts[part].sums[index * (N + 2) + n];
+        for (int i = 0; i < lanes; i++) {
+            float v = ((float *)&total)[i];
+            if (n < N) k->dA[(channel + i) * N + n] = v;
+            else if (n == N) k->dD[channel + i] = v;
+            else k->dbias[channel + i] = v;
+        }
+    }
+}
+
+/* a slice of the dB and dC of the shared sequences, over all parts in their order */
+static void add_shared(const Backward *k, const Part *parts, int slice) {
+    const Inputs *in = &k->in;
+    const int64_t row = in->groups * in->state;
+    for (int part = 0; part < (int)in->parts; part++)
+        for (int i = 0; i < 2; i++) {
+            if (parts[part].shared[i] < 0) continue;
+            Sequence q = sequence_of(in, parts[part].shared[i]);
+            const float *from = parts[part].sums_of[i], *from_c = from + q.length * row;
+            float *to_b = k->dB + q.token * row, *to_c = k->dC + q.token * row;
+            int64_t stop = q.length * (slice + 1) / in->parts * row;
+            for (int64_t n = q.length * slice / in->parts * row; n < stop; n++) {
+                to_b[n] += from[n];
+                to_c[n] += from_c[n];
+            }
+        }
+}
+
+/* 0, or 1 where memory runs out */
+int scanweave_scan_backward(const Backward *k) {
+    const Inputs *in = &k->in;
+    const int count = (int)in->parts;
+    Plan plan;
+    if (make_plan(&plan, in)) return 1;
+    Part *parts = calloc((size_t)count, sizeof(Part));
+    int failed = !parts;
+    for (int part = 0; part < count && !failed; part++)
+        failed = open_part(parts + part, in, &plan, part);
+    if (!failed) {
+        int64_t blocks = in->groups * plan.blocks;
+#pragma omp parallel num_threads(count) if (count > 1)
+        {
+#pragma omp for schedule(static, 1)
+            for (int part = 0; part < count; part++)
+                for (int64_t i = plan.bounds[part]; i < plan.bounds[part + 1]; i++)
+                    backward_item(k, &plan, item_of(in, &plan, i), parts + part);
+#pragma omp for schedule(static) nowait
+            for (int64_t i = 0; i < blocks; i++) add_block(k, &plan, parts, i);
+#pragma omp for schedule(static, 1)
+            for (int slice = 0; slice < count; slice++) add_shared(k, parts, slice);
+        }
+    }
+    for (int part = 0; parts && part < count; part++) {
+        free(parts[part].memory);
+        free(parts[part].sums);
+        free(parts[part].sums_of[0]);
+        free(parts[part].sums_of[1]);
+    }
+    free(parts);
+    free(plan.bounds);
+    return failed;
+}
