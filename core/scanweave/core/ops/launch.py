@@ -28,6 +28,8 @@ def adjacent(v: Tensor) -> Tensor:
     return v if v.stride(-1) == 1 or v.shape[-1] == 1 else v.contiguous()
 
 
-def register_limit(count: int) -> dict[str, int]:
+def register_limit(count: int | None) -> dict[str, int]:
     """Launch option that caps registers a thread, so that more warps fit; NVIDIA only."""
-    return {"maxnreg": count} if torch.version.cuda is not None else {}
+    if count is None or torch.version.cuda is None:
+        return {}
+    return {"maxnreg": count}

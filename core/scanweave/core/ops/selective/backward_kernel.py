@@ -24,17 +24,14 @@ from ..launch import LN_2, LOG2_E, adjacent, on_device, sigmoid
 from .kernels import (
     CHUNK,
     Direction,
+    backward_plan,
     load_row,
     prepare,
     sequence_of,
     softplus,
     strides_and_flags,
-    tile_shape,
 )
 from .portable import ScanGradients
-
-# steps a window recomputes into registers; 4 at 32 channels of 16 states spill on an H100
-WINDOW = 2
 
 
 @triton.jit
@@ -331,17 +328,18 @@ def backward(
         inputs = prepare(given)
         xk, dt, A, B, C, D, bias = inputs
         groups = B.shape[2]
-        block_n, block_d, blocks = tile_shape(dim, groups, state, most=512, widest=32)
-        programs = groups * blocks
+        plan = backward_plan(xk, groups, state)
+        programs = groups * plan.blocks
         strides, flags = strides_and_flags(inputs, z, cu_seqlens, reverse[k], softplus)
         dx, ddt = (torch.empty(v.shape, dtype=v.dtype, device=v.device) for v in (xk, dt))
         dA, dh0 = (x.new_empty(sequences, dim, state, dtype=torch.float32) for _ in range(2))
         dD, dbias = (x.new_empty(sequences, dim, dtype=torch.float32) for _ in range(2))
         dB, dC = (
-            x.new_empty(batch, length, groups, blocks, state, dtype=torch.float32) for _ in range(2)
+            x.new_empty(batch, length, groups, plan.blocks, state, dtype=torch.float32)
+            for _ in range(2)
         )
-        slots = sequences * programs * (CHUNK // WINDOW)
-        scratch = x.new_empty(slots, block_d, block_n, dtype=torch.float32)
+        slots = sequences * programs * (CHUNK // plan.window)
+        scratch = x.new_empty(slots, plan.block_d, plan.block_n, dtype=torch.float32)
         if dim > 0 and sequences > 0:
             with on_device(x):
                 _backward_kernel[(sequences * programs,)](
@@ -372,7 +370,7 @@ def backward(
                     length,
                     dim,
                     dim // groups,
-                    blocks,
+                    plan.blocks,
                     programs,
                     CHUNK,
                     **strides,
@@ -382,10 +380,10 @@ def backward(
                     HAS_H0=initial_state,
                     HAS_DH=dfinal is not None,
                     WRITE_DZ=z is not None and k == 0,
-                    EVEN_D=(dim // groups) % block_d == 0,
-                    BLOCK_N=block_n,
-                    BLOCK_D=block_d,
-                    WINDOW=WINDOW,
+                    EVEN_D=(dim // groups) % plan.block_d == 0,
+                    BLOCK_N=plan.block_n,
+                    BLOCK_D=plan.block_d,
+                    WINDOW=plan.window,
                     num_warps=1,
                     num_stages=1,
                     enable_fp_fusion=True,

@@ -24,17 +24,14 @@ from .kernels import (
     CHUNK,
     Direction,
     checkpoints_shape,
+    forward_plan,
     load_row,
     prepare,
     sequence_of,
     softplus,
     strides_and_flags,
-    tile_shape,
 )
 
-# steps whose rows are loaded together, one window ahead: one step ahead left half of the issue
-# slots of an H100 waiting for memory
-WINDOW = 2
 # without kept states a chunk only bounds 32-bit offsets
 LONG_CHUNK = 1 << 16
 
@@ -236,10 +233,11 @@ def forward(
         inputs = prepare(given)
         xk, dt, A, B, C, D, bias = inputs
         last = k == len(directions) - 1
-        block_n, block_d, blocks = tile_shape(dim, B.shape[2], A.shape[1], most=1024, widest=64)
+        groups = B.shape[2]
+        plan = forward_plan(xk, groups, A.shape[1], sequences)
         gate = z if last else None
         strides, flags = strides_and_flags(inputs, gate, cu_seqlens, reverse[k], softplus)
-        programs = B.shape[2] * blocks
+        programs = groups * plan.blocks
         rates = torch.empty(A.shape[::-1], dtype=torch.float32, device=x.device)
         torch.mul(A.t().float(), LOG2_E.value, out=rates)
         with on_device(x):
@@ -261,8 +259,8 @@ def forward(
                 length,
                 length,
                 dim,
-                dim // B.shape[2],
-                blocks,
+                dim // groups,
+                plan.blocks,
                 programs,
                 CHUNK if keep_states else LONG_CHUNK,
                 **strides,
@@ -271,15 +269,15 @@ def forward(
                 ADD=k > 0,
                 SAVE_Y=save_y and last,
                 KEEP=keep_states,
-                EVEN_D=(dim // B.shape[2]) % block_d == 0,
-                BLOCK_N=block_n,
-                BLOCK_D=block_d,
-                LANE_D=max(1, block_d // 32),
-                WINDOW=WINDOW,
+                EVEN_D=(dim // groups) % plan.block_d == 0,
+                BLOCK_N=plan.block_n,
+                BLOCK_D=plan.block_d,
+                LANE_D=max(1, plan.block_d // 32),
+                WINDOW=plan.window,
                 num_warps=1,
                 num_stages=1,
                 enable_fp_fusion=True,
-                **register_limit(168),
+                **register_limit(plan.registers),
             )
     empty = x.new_empty(0)
     return out, y if save_y else empty, final, kept
