@@ -1,10 +1,207 @@
-"""One token of the selective scan, for decoding and acting. Equations: `reference.py`."""
+"""One token of the selective scan, for decoding and acting. Equations: `reference.py`.
+
+On a GPU one kernel does all of it, state included: a roll-out is many small calls.
+"""
+
+# Triton's own language: constant branches, launch options
+# pyright: reportPossiblyUnboundVariable=false, reportCallIssue=false, reportArgumentType=false
 
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from ..checks import check_tensor, computing_dtype
+from ..checks import check_tensor, computing_dtype, on_kernels
+from ..launch import LOG2_E, adjacent, on_device, sigmoid
+from .kernels import load_row, softplus
+
+_lib = torch.library.Library("scanweave", "FRAGMENT")
+_lib.define(
+    "selective_scan_step(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, "
+    "Tensor? D, Tensor? z, Tensor? dt_bias, bool dt_softplus) -> Tensor"
+)
+_step_op = torch.ops.scanweave.selective_scan_step.default
+
+
+@triton.jit
+def _step_kernel(
+    h_ptr,  # (B, D, N), updated
+    x_ptr,
+    dt_ptr,
+    A_ptr,  # (D, N)
+    B_ptr,
+    C_ptr,
+    D_ptr,
+    z_ptr,
+    bias_ptr,
+    y_ptr,  # (B, D)
+    dim,
+    per_group,
+    blocks,
+    stride_hb,
+    stride_hd,
+    stride_hn,
+    stride_xb,
+    stride_dtb,
+    stride_Bb,
+    stride_Bg,
+    stride_Cb,
+    stride_Cg,
+    stride_zb,
+    STATE: tl.constexpr,
+    HAS_D: tl.constexpr,
+    HAS_Z: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    pid_b = (tl.program_id(0) // blocks).to(tl.int64)
+    offs_d = (tl.program_id(0) % blocks) * BLOCK_D + tl.arange(0, BLOCK_D)
+    offs_n = tl.arange(0, BLOCK_N)
+    mask_d = offs_d < dim
+    mask = mask_d[:, None] & (offs_n < STATE)[None, :]
+    group = offs_d // per_group
+    state = h_ptr + pid_b * stride_hb + offs_d[:, None] * stride_hd + offs_n[None, :] * stride_hn
+    h = tl.load(state, mask=mask, other=0.0).to(tl.float32)
+    A = tl.load(A_ptr + offs_d[:, None] * STATE + offs_n[None, :], mask=mask, other=0.0)
+    B = tl.load(
+        B_ptr + pid_b * stride_Bb + group[:, None] * stride_Bg + offs_n[None, :],
+        mask=mask,
+        other=0.0,
+    )
+    C = tl.load(
+        C_ptr + pid_b * stride_Cb + group[:, None] * stride_Cg + offs_n[None, :],
+        mask=mask,
+        other=0.0,
+    )
+    x = load_row(x_ptr + pid_b * stride_xb + offs_d, mask_d, EVEN_D).to(tl.float32)
+    delta = load_row(dt_ptr + pid_b * stride_dtb + offs_d, mask_d, EVEN_D).to(tl.float32)
+    if HAS_BIAS:
+        delta += load_row(bias_ptr + offs_d, mask_d, EVEN_D).to(tl.float32)
+    if SOFTPLUS:
+        delta = softplus(delta)
+    decay = tl.exp2(A.to(tl.float32) * (delta * LOG2_E)[:, None])
+    h = decay * h + (delta * x)[:, None] * B.to(tl.float32)
+    tl.store(state, h.to(h_ptr.dtype.element_ty), mask=mask)
+    y = tl.sum(h * C.to(tl.float32), 1)
+    if HAS_D:
+        y += load_row(D_ptr + offs_d, mask_d, EVEN_D).to(tl.float32) * x
+    if HAS_Z:
+        z = load_row(z_ptr + pid_b * stride_zb + offs_d, mask_d, EVEN_D).to(tl.float32)
+        y *= z * sigmoid(z)
+    tl.store(y_ptr + pid_b * dim + offs_d, y.to(y_ptr.dtype.element_ty), mask=mask_d)
+
+
+def _step_fused(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+) -> Tensor:
+    batch, dim = x.shape
+    y = torch.empty((batch, dim), dtype=x.dtype, device=x.device)
+    if y.numel() == 0:
+        return y
+    x, dt, B, C = (adjacent(v) for v in (x, dt, B, C))
+    D, z, dt_bias = (None if v is None else adjacent(v) for v in (D, z, dt_bias))
+    block_n = triton.next_power_of_2(A.shape[1])
+    block_d = max(1, min(64, 1024 // block_n, triton.next_power_of_2(dim)))
+    blocks = triton.cdiv(dim, block_d)
+    with on_device(x):
+        _step_kernel[(batch * blocks,)](
+            state,
+            x,
+            dt,
+            A.contiguous(),
+            B,
+            C,
+            D,
+            z,
+            dt_bias,
+            y,
+            dim,
+            dim // B.shape[1],
+            blocks,
+            *state.stride(),
+            x.stride(0),
+            dt.stride(0),
+            B.stride(0),
+            B.stride(1),
+            C.stride(0),
+            C.stride(1),
+            0 if z is None else z.stride(0),
+            STATE=A.shape[1],
+            HAS_D=D is not None,
+            HAS_Z=z is not None,
+            HAS_BIAS=dt_bias is not None,
+            SOFTPLUS=dt_softplus,
+            EVEN_D=dim % block_d == 0,
+            BLOCK_N=block_n,
+            BLOCK_D=block_d,
+            num_warps=2,
+            enable_fp_fusion=True,
+        )
+    return y
+
+
+@torch.library.impl(_lib, "selective_scan_step", "CPU")
+@torch.library.impl(_lib, "selective_scan_step", "CUDA")
+def _(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+) -> Tensor:
+    if on_kernels(x, dt, A, B, C, D, z, dt_bias, state):
+        return _step_fused(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
+    dtype = computing_dtype(x, dt, A, B, C, D, z, dt_bias, state)
+    xs, delta = x.to(dtype), dt.to(dtype)
+    if dt_bias is not None:
+        delta = delta + dt_bias.to(dtype)
+    if dt_softplus:
+        delta = F.softplus(delta)
+    # (B, D, N) each; a group's row serves all of its channels
+    Bs, Cs = (v.to(dtype).repeat_interleave(x.shape[1] // v.shape[1], 1) for v in (B, C))
+    decay = torch.exp(delta.unsqueeze(-1) * A.to(dtype))
+    h = decay.mul_(state).addcmul_((delta * xs).unsqueeze(-1), Bs)
+    state.copy_(h)
+    y = (h * Cs).sum(-1)
+    if D is not None:
+        y = y + D.to(dtype) * xs
+    if z is not None:
+        y = y * F.silu(z.to(dtype))
+    return y.to(x.dtype)
+
+
+@torch.library.register_fake("scanweave::selective_scan_step", lib=_lib)
+def _(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+) -> Tensor:
+    return x.new_empty(x.shape)
 
 
 def selective_scan_step(
@@ -65,23 +262,7 @@ def selective_scan_step(
             check_tensor(name, v, (dim,), x, "(D,)")
     if z is not None:
         check_tensor("z", z, (batch, dim), x, "(B, D)")
+    if not groups:
+        B, C = B.unsqueeze(1), C.unsqueeze(1)
     with torch.no_grad():
-        dtype = computing_dtype(x, dt, A, B, C, D, z, dt_bias, state)
-        xs, delta, Bs, Cs = (v.to(dtype) for v in (x, dt, B, C))
-        if dt_bias is not None:
-            delta = delta + dt_bias.to(dtype)
-        if dt_softplus:
-            delta = F.softplus(delta)
-        if groups:
-            Bs, Cs = (v.repeat_interleave(dim // groups[0], 1) for v in (Bs, Cs))
-        else:
-            Bs, Cs = Bs.unsqueeze(1), Cs.unsqueeze(1)
-        decay = torch.exp(delta.unsqueeze(-1) * A.to(dtype))
-        h = decay.mul_(state).addcmul_((delta * xs).unsqueeze(-1), Bs)
-        state.copy_(h)
-        y = (h * Cs).sum(-1)
-        if D is not None:
-            y = y + D.to(dtype) * xs
-        if z is not None:
-            y = y * F.silu(z.to(dtype))
-        return y.to(x.dtype)
+        return _step_op(state, x, dt, A, B, C, D, z, dt_bias, bool(dt_softplus))
