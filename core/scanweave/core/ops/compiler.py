@@ -121,7 +121,7 @@ def _run(command: list[str]) -> str:
     except (OSError, subprocess.SubprocessError) as error:
         raise BuildError(f"{command[0]} does not run ({error}); set CC to a C compiler") from error
     if result.returncode != 0:
-        lines = [v for v in result.stderr.splitlines() if "error" in v] or [result.stderr.strip()]
+        lines = [v for v in result.stderr.splitlines() if "error:" in v] or [result.stderr.strip()]
         raise BuildError(
             f"{command[0]} failed ({lines[0][:200] or result.returncode}); set CC to a C compiler"
         )
