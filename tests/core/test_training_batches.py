@@ -131,6 +131,17 @@ def test_shuffling_covers_the_data_and_counts_samples() -> None:
     assert loader.length == 4
 
 
+def test_no_noise_is_drawn_twice() -> None:
+    loader = ResumableLoader(DataLoader(Noisy(), 3, shuffle=True), 0)
+    noise = torch.cat([batch[:, 1:] for epoch in (0, 1) for batch in read(loader, epoch)])
+    assert all(len(column.unique()) == 22 for column in noise.T)
+    # a stream draws between batches, a lazy batch sampler draws every batch's order
+    stream = torch.cat(read(ResumableLoader(DataLoader(Counter(), 2), 0), 0))
+    assert len(stream[:, 2].unique()) == 7
+    drawn = read(ResumableLoader(DataLoader(Noisy(), batch_sampler=NumpyBatches()), 0), 0)
+    assert not torch.equal(drawn[4][:4, 0], drawn[3][:, 0])
+
+
 @pytest.mark.parametrize("name", ["shuffled", "own generator", "batch sampler"])
 def test_workers_change_nothing(name: str) -> None:
     expected = read(ResumableLoader(LOADERS[name](), 3), 1)
