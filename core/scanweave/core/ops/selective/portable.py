@@ -7,7 +7,10 @@ advances all of them. Within a chunk of steps the decays, inputs and read-outs a
 once; chunks bound the memory. Nothing is kept for the backward, which first finds the state at
 every chunk's start and then recomputes one chunk at a time from it.
 
-Letters: T tokens, D channels, N state, G groups, S sequences. Equations: `reference.py`.
+States are kept as (G, N, P), not (D, N): rows of adjacent channels are what PyTorch's
+elementwise loops run fast on, 1.4 to 2 times in all against rows of N = 16.
+
+Letters: T tokens, D channels, N state, G groups, P = D / G, S sequences. Equations: `reference.py`.
 """
 
 from dataclasses import dataclass
@@ -16,8 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# elements of a (tokens, D, N) buffer: 2 MB in float32 stays in the cache of one core
-CHUNK_ELEMENTS = 1 << 19
+# elements of a (tokens, G, N, P) buffer: four of 1 MB in float32 stay in the cache of one core;
+# from 2^16 to 2^19 times differ by less than their spread at (2, 197, 384, 16)
+CHUNK_ELEMENTS = 1 << 18
 # one kept state per this many steps at least, however large a state is
 MIN_CHUNK_STEPS = 16
 
@@ -103,7 +107,7 @@ class _Inputs:
     x: Tensor  # (T, D)
     raw: Tensor  # (T, D) dt + dt_bias
     delta: Tensor  # (T, D)
-    A: Tensor  # (D, N)
+    A: Tensor  # (G, N, P)
     B: Tensor  # (T, G, N)
     C: Tensor  # (T, G, N)
 
@@ -125,34 +129,50 @@ def _prepare(
     if dt_bias is not None:
         raw = raw + dt_bias.to(dtype)
     delta = F.softplus(raw) if dt_softplus else raw
-    return _Inputs(layout, xs, raw, delta, A.to(dtype), Bs, Cs)
+    return _Inputs(layout, xs, raw, delta, _inner(A.to(dtype), B.shape[2]), Bs, Cs)
 
 
 def _grouped(v: Tensor, groups: int) -> Tensor:
-    """(T, D, ...) -> (T, G, D / G, ...)."""
-    return v.unflatten(1, (groups, -1))
+    """(T, D) -> (T, G, 1, P)."""
+    return v.unflatten(1, (groups, 1, -1))
 
 
-def _run_chunk(inp: _Inputs, steps: tuple[int, int], h: Tensor) -> tuple[Tensor, Tensor]:
-    """States (t, D, N) of a chunk and its decays; `h` (S, D, N) is advanced in place."""
+def _inner(v: Tensor, groups: int) -> Tensor:
+    """(..., D, N) -> (..., G, N, P), contiguous."""
+    return v.unflatten(-2, (groups, -1)).transpose(-1, -2).contiguous()
+
+
+def _outer(v: Tensor) -> Tensor:
+    """(..., G, N, P) -> (..., D, N), contiguous."""
+    return v.transpose(-1, -2).flatten(-3, -2).contiguous()
+
+
+def _run_chunk(inp: _Inputs, steps: tuple[int, int], h: Tensor) -> tuple[Tensor, Tensor, list[int]]:
+    """States of a chunk (t, G, N, P) behind those before it, its decays, and rows of each step.
+
+    `h` (S, G, N, P) is advanced in place.
+    """
     offsets, groups = inp.layout.offsets, inp.B.shape[1]
-    first, last = offsets[steps[0]], offsets[steps[1]]
-    tokens = slice(first, last)
-    decay = (inp.delta[tokens].unsqueeze(-1) * inp.A).exp_()
-    w = _grouped(inp.delta[tokens] * inp.x[tokens], groups)
-    states = (w.unsqueeze(-1) * inp.B[tokens].unsqueeze(2)).flatten(1, 2)
+    counts = [offsets[t + 1] - offsets[t] for t in range(*steps)]
+    tokens = slice(offsets[steps[0]], offsets[steps[1]])
+    delta = _grouped(inp.delta[tokens], groups)
+    decay = (delta * inp.A).exp_()
+    history = decay.new_empty(counts[0] + decay.shape[0], *decay.shape[1:])
+    history[: counts[0]] = h[: counts[0]]
+    states = history[counts[0] :]
+    w = delta * _grouped(inp.x[tokens], groups)
+    torch.mul(w, inp.B[tokens].unsqueeze(-1), out=states)
     previous = h
-    for t in range(*steps):
-        rows = slice(offsets[t] - first, offsets[t + 1] - first)
-        alive = offsets[t + 1] - offsets[t]
-        if alive < previous.shape[0] and previous is not h:
-            h[alive : previous.shape[0]] = previous[alive:]
-        now = states[rows]
-        torch.addcmul(now, decay[rows], previous[:alive], out=now)
+    for now, factor in zip(states.split(counts), decay.split(counts), strict=True):
+        alive = now.shape[0]
+        if alive < previous.shape[0]:
+            if previous is not h:
+                h[alive : previous.shape[0]] = previous[alive:]
+            previous = previous[:alive]
+        now.addcmul_(factor, previous)
         previous = now
-    if previous is not h:
-        h[: previous.shape[0]] = previous
-    return states, decay
+    h[: previous.shape[0]] = previous
+    return history, decay, counts
 
 
 def scan_forward(
@@ -171,23 +191,23 @@ def scan_forward(
 ) -> tuple[Tensor, Tensor]:
     """Run one direction: y (B, L, D) without gate and the final state (S, D, N), in `dtype`."""
     inp = _prepare(x, dt, A, B, C, dt_bias, dt_softplus, reverse, cu_seqlens, dtype)
-    layout, groups = inp.layout, B.shape[2]
+    layout = inp.layout
     h = _first_state(inp, initial_state)
     y = torch.empty_like(inp.x)
     for steps in layout.chunks(A.numel()):
         tokens = slice(layout.offsets[steps[0]], layout.offsets[steps[1]])
-        states, _ = _run_chunk(inp, steps, h)
-        read = torch.matmul(_grouped(states, groups), inp.C[tokens].unsqueeze(-1))
-        y[tokens] = read.squeeze(-1).flatten(1)
+        history, _, counts = _run_chunk(inp, steps, h)
+        states = history[counts[0] :]
+        y[tokens] = torch.matmul(inp.C[tokens].unsqueeze(2), states).flatten(1)
     if D is not None:
         y.addcmul_(inp.x, D.to(dtype))
-    return layout.from_time(y), layout.from_rows(h)
+    return layout.from_time(y), layout.from_rows(_outer(h))
 
 
 def _first_state(inp: _Inputs, initial_state: Tensor | None) -> Tensor:
     if initial_state is None:
         return inp.x.new_zeros(inp.layout.batch, *inp.A.shape)
-    return inp.layout.to_rows(initial_state.to(inp.x.dtype))
+    return inp.layout.to_rows(_inner(initial_state.to(inp.x.dtype), inp.B.shape[1]))
 
 
 @dataclass
@@ -231,7 +251,7 @@ def scan_backward(
     offsets = layout.offsets
     g = layout.to_time(dy).to(dtype)
     shape = (layout.batch, *A.shape)
-    e = g.new_zeros(shape) if dfinal is None else layout.to_rows(dfinal.to(dtype))
+    e = g.new_zeros(shape) if dfinal is None else layout.to_rows(_inner(dfinal.to(dtype), groups))
     dx, ddelta = torch.empty_like(inp.x), torch.empty_like(inp.x)
     dB, dC, dA = torch.empty_like(inp.B), torch.empty_like(inp.C), torch.zeros_like(A)
     ranges = layout.chunks(A.numel())
@@ -241,58 +261,53 @@ def scan_backward(
         _run_chunk(inp, steps, h)
         starts.append(h)
     for steps in reversed(ranges):
-        first, last = offsets[steps[0]], offsets[steps[1]]
-        tokens = slice(first, last)
-        h0 = starts.pop()
-        states, decay = _run_chunk(inp, steps, h0.clone())
-        gc, Bc, Cc = _grouped(g[tokens], groups), inp.B[tokens], inp.C[tokens]
-        delta, xc = inp.delta[tokens], inp.x[tokens]
-        dC[tokens] = torch.matmul(gc.unsqueeze(-2), _grouped(states, groups)).squeeze(-2)
-        s = (gc.unsqueeze(-1) * Cc.unsqueeze(2)).flatten(1, 2)
-        following, following_decay = e, None
-        for t in reversed(range(*steps)):
-            rows = slice(offsets[t] - first, offsets[t + 1] - first)
-            now = s[rows]
-            if following_decay is None:
+        tokens = slice(offsets[steps[0]], offsets[steps[1]])
+        history, decay, counts = _run_chunk(inp, steps, starts.pop())
+        states = history[counts[0] :]
+        gc, Bc = _grouped(g[tokens], groups), inp.B[tokens]
+        delta, xc = _grouped(inp.delta[tokens], groups), _grouped(inp.x[tokens], groups)
+        dC[tokens] = torch.matmul(states, gc.transpose(-1, -2)).squeeze(-1)
+        s = gc * inp.C[tokens].unsqueeze(-1)
+        following, factor = e, None
+        rows = zip(s.split(counts), decay.split(counts), strict=True)
+        for now, own in reversed(list(rows)):
+            alive = following.shape[0]
+            if factor is None:
                 now += following[: now.shape[0]]
+            elif alive == now.shape[0]:
+                now.addcmul_(factor, following)
             else:
-                alive = following.shape[0]
-                torch.addcmul(now[:alive], following_decay, following, out=now[:alive])
+                now[:alive].addcmul_(factor, following)
                 now[alive:] += e[alive : now.shape[0]]
-            following, following_decay = now, decay[rows]
-        alive = following.shape[0]
-        if following_decay is not None:
-            torch.mul(following_decay, following, out=e[:alive])
-        r1 = torch.matmul(_grouped(s, groups), Bc.unsqueeze(-1)).squeeze(-1).flatten(1)
-        w = _grouped(delta * xc, groups)
-        dB[tokens] = torch.matmul(w.unsqueeze(-2), _grouped(s, groups)).squeeze(-2)
-        q = s.mul_(decay).mul_(_previous(states, h0, offsets, steps))
-        dx[tokens] = r1 * delta
-        ddelta[tokens] = r1.mul_(xc).add_((q * A).sum(-1))
-        dA += torch.einsum("td,tdn->dn", delta, q)
+            following, factor = now, own
+        if factor is not None:
+            torch.mul(factor, following, out=e[: following.shape[0]])
+        r1 = torch.matmul(Bc.unsqueeze(2), s)
+        dB[tokens] = torch.matmul(s, (delta * xc).transpose(-1, -2)).squeeze(-1)
+        q = s.mul_(decay).mul_(_previous(history, counts))
+        dx[tokens] = (r1 * delta).flatten(1)
+        ddelta[tokens] = r1.mul_(xc).add_((q * A).sum(2, keepdim=True)).flatten(1)
+        dA += q.mul_(delta).sum(0)
     if D is not None:
         dx.addcmul_(g, D.to(dtype))
     ddt = ddelta * torch.where(inp.raw > 20, 1.0, torch.sigmoid(inp.raw)) if dt_softplus else ddelta
     return ScanGradients(
         layout.from_time(dx),
         layout.from_time(ddt),
-        dA,
+        _outer(dA),
         layout.from_time(dB),
         layout.from_time(dC),
         (g * inp.x).sum(0),
         ddt.sum(0),
-        layout.from_rows(e),
+        layout.from_rows(_outer(e)),
     )
 
 
-def _previous(states: Tensor, h0: Tensor, offsets: list[int], steps: tuple[int, int]) -> Tensor:
-    """The state before each token of a chunk, (t, D, N)."""
-    first = offsets[steps[0]]
-    alive = offsets[steps[0] + 1] - first
-    if offsets[steps[1]] - first == alive * (steps[1] - steps[0]):
-        return torch.cat([h0[:alive], states[: states.shape[0] - alive]])
-    parts = [h0[:alive]]
-    for t in range(steps[0] + 1, steps[1]):
-        before = offsets[t - 1] - first
-        parts.append(states[before : before + offsets[t + 1] - offsets[t]])
-    return torch.cat(parts)
+def _previous(history: Tensor, counts: list[int]) -> Tensor:
+    """The state before each token of a chunk, (t, G, N, P)."""
+    if counts[0] == counts[-1]:
+        return history[: -counts[0]]
+    rows = torch.tensor(counts, device=history.device)
+    back = torch.cat([rows[:1], rows[:-1]]).repeat_interleave(rows)
+    token = torch.arange(counts[0], history.shape[0], device=history.device)
+    return history.index_select(0, token - back)
