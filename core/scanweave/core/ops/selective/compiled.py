@@ -205,15 +205,14 @@ def backward(
         x, dt, A, B = direction[:4]
         call = _Call(direction, start[k], z, cu_seqlens, reverse[k], dt_softplus)
         dlast = None if dfinal is None else _floats(dfinal[k])
-        vector = x.new_empty((2, x.shape[2]), dtype=torch.float32)
         grad = ScanGradients(
             x=x.new_empty(x.shape),
             dt=dt.new_empty(dt.shape),
             A=A.new_empty(A.shape, dtype=torch.float32),
             B=B.new_zeros(B.shape, dtype=torch.float32),
             C=B.new_zeros(B.shape, dtype=torch.float32),
-            D=vector[0],
-            dt_bias=vector[1],
+            D=x.new_empty(x.shape[2:], dtype=torch.float32),
+            dt_bias=x.new_empty(x.shape[2:], dtype=torch.float32),
             state=x.new_empty((call.sequences, *A.shape), dtype=torch.float32),
         )
         arguments = [
