@@ -37,7 +37,7 @@ lint: $(DEV_STAMP)
 	$(BIN)/pyright
 
 bench-smoke: $(DEV_STAMP)
-	$(BIN)/python -m benchmarks.run --smoke
+	$(BIN)/python -m benchmarks.run all --toy --no-peers
 
 $(DEMO_STAMP): EXTRAS := demo
 $(DEV_STAMP): EXTRAS := all,dev

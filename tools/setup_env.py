@@ -97,12 +97,13 @@ def check_pair(python: Path) -> None:
         fail(f"torch does not import in {python.parent.parent}:\n{result.stderr.strip()}")
     build = "a CPU build" if found["cpu"] else "a GPU build"
     index = f" --index-url {CPU_INDEX}" if found["cpu"] else ""
+    note = "\n(GPU builds run on CPUs too: without --index-url they come from pip's own index.)"
     fail(
         f"torchvision does not fit torch {found['version']} ({build}):\n"
         f"    {result.stderr.strip().splitlines()[-1]}\n"
         "Install both from one place:\n"
         f"    {python} -m pip uninstall --yes torch torchvision\n"
-        f"    {python} -m pip install torch torchvision{index}"
+        f"    {python} -m pip install torch torchvision{index}" + (note if index else "")
     )
 
 
