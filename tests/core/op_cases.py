@@ -1,6 +1,7 @@
 """Inputs of the ops for tests, and one comparison of every output and every gradient.
 
 scan_inputs, pair_inputs, conv_inputs   leaves by argument name, the same values on every device
+scan_args, conv_args                    positional arguments of the registered ops
 evaluate, compare                       outputs and gradients of an op, against a float64 reference
 bidirectional_ref, conv_ref             references with the signature of the public functions
 layouts                                 the same values behind other strides, with NaN in between
@@ -21,6 +22,12 @@ from scanweave.core.ops.selective import selective_scan_ref
 
 # arguments by name; a pair for what both directions have, a tensor otherwise
 Inputs = dict[str, Any]
+SCAN = torch.ops.scanweave.selective_scan.default
+SCAN_BACKWARD = torch.ops.scanweave.selective_scan_backward.default
+CONV = torch.ops.scanweave.short_conv.default
+CONV_BACKWARD = torch.ops.scanweave.short_conv_backward.default
+# of five packed sequences, 11 tokens
+LENGTHS = (3, 0, 1, 6, 1)
 OPTIONAL = ("D", "z", "dt_bias", "initial_state")
 # activations may be 16 bit; these stay float32 then, as in a Mamba block
 WEIGHTS = ("A", "D", "dt_bias", "initial_state")
@@ -89,22 +96,15 @@ def pair_inputs(
     seed: int = 0,
 ) -> Inputs:
     """Arguments of `bidirectional_selective_scan`."""
-    both = [
-        scan_inputs(
-            batch,
-            length,
-            dim,
-            state,
-            groups=groups,
-            sequences=sequences,
-            without=without,
-            dtype=dtype,
-            weights=weights,
-            device=device,
-            seed=seed + k,
-        )
-        for k in range(2)
-    ]
+    options: dict[str, Any] = {
+        "groups": groups,
+        "sequences": sequences,
+        "without": without,
+        "dtype": dtype,
+        "weights": weights,
+        "device": device,
+    }
+    both = [scan_inputs(batch, length, dim, state, seed=seed + k, **options) for k in range(2)]
     pairs: Inputs = {name: (both[0][name], both[1][name]) for name in both[0]}
     if "z" in pairs:
         pairs["z"] = both[0]["z"]
@@ -143,6 +143,63 @@ def conv_inputs(
     }
 
 
+def scan_args(
+    directions: int = 1,
+    packed: bool = False,
+    bare: bool = False,
+    training: bool = True,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+) -> tuple:
+    """Arguments of the registered scan."""
+    given = pair_inputs(
+        1 if packed else 2,
+        11,
+        4,
+        3,
+        groups=2,
+        sequences=5 if packed else None,
+        dtype=dtype,
+        device=device,
+    )
+    names = ("x", "dt", "A", "B", "C", "D", "dt_bias", "initial_state")
+    lists = [list(given[name][:directions]) for name in names]
+    if bare:
+        lists[5:] = [[], [], []]
+    z = None if bare else given["z"]
+    cu = pack(LENGTHS, device) if packed else None
+    return (*lists, z, cu, [False, True][:directions], not bare, training)
+
+
+def conv_args(
+    packed: bool = False, bare: bool = False, reverse: bool = False, device: str = "cpu"
+) -> tuple:
+    """Arguments of the registered convolution."""
+    given = conv_inputs(
+        1 if packed else 2,
+        11,
+        4,
+        3,
+        sequences=5 if packed else None,
+        dtype=torch.float32,
+        device=device,
+    )
+    x, weight, bias, state = given.values()
+    cu = pack(LENGTHS, device) if packed else None
+    if bare:
+        return (x, weight, None, None, cu, 1, reverse, False)
+    return (x, weight, bias, state, cu, 2, reverse, True)
+
+
+def without_grad(args: tuple) -> tuple:
+    def plain(v: Any) -> Any:
+        if isinstance(v, list):
+            return [plain(u) for u in v]
+        return v.detach() if isinstance(v, Tensor) else v
+
+    return tuple(plain(v) for v in args)
+
+
 def flat(inputs: Inputs) -> dict[str, Tensor]:
     """Pairs as two entries, `x[0]` and `x[1]`."""
     tensors: dict[str, Tensor] = {}
@@ -161,8 +218,7 @@ def each(inputs: Inputs, change: Callable[[Tensor], Tensor]) -> Inputs:
         return change(v.detach()).detach().requires_grad_()
 
     return {
-        name: one(v) if isinstance(v, Tensor) else (one(v[0]), one(v[1]))
-        for name, v in inputs.items()
+        k: one(v) if isinstance(v, Tensor) else (one(v[0]), one(v[1])) for k, v in inputs.items()
     }
 
 

@@ -1,4 +1,4 @@
-"""Bad and empty input of the ops: a ValueError that names the argument, or a right empty result."""
+"""Bad input of the ops: a ValueError that names the argument, the rule and what was given."""
 
 import re
 from collections.abc import Callable
@@ -8,9 +8,6 @@ import pytest
 import torch
 from tests.core.op_cases import (
     conv_inputs,
-    evaluate,
-    flat,
-    pack,
     pair_inputs,
     scan_inputs,
 )
@@ -66,7 +63,6 @@ def ints(*values: int, dtype: torch.dtype = torch.int32) -> Tensor:
     return torch.tensor(values, dtype=dtype)
 
 
-EMPTY = [(2, 0, 4), (0, 5, 4), (0, 0, 4), (2, 5, 0), (0, 0, 0)]
 COMPLEX = zeros(DIM, STATE, dtype=torch.complex128)
 SCAN = [
     ({"x": zeros(2, 5)}, "x must be (B, L, D), got (2, 5)"),
@@ -319,79 +315,6 @@ def test_step_names_the_bad_argument(changes: dict[str, Any], message: str):
 def test_convolution_step_names_the_bad_argument(changes: dict[str, Any], message: str):
     with pytest.raises(ValueError, match="^" + re.escape(message)):
         causal_conv1d_step(**conv_step(**changes))
-
-
-@pytest.mark.parametrize("groups", [None, 1])
-@pytest.mark.parametrize("sizes", EMPTY, ids=str)
-def test_empty_scan(sizes: tuple[int, int, int], groups: int | None):
-    inputs = scan_inputs(*sizes, state=STATE, groups=groups)
-    pairs = pair_inputs(*sizes, state=STATE, groups=groups)
-    for op, given in ((selective_scan, inputs), (bidirectional_selective_scan, pairs)):
-        values = evaluate(op, given, return_final_state=True)
-        assert values["output 0"].shape == sizes
-        assert values["output 1"].shape == (sizes[0], sizes[2], STATE)
-        for name, v in flat(given).items():
-            gradient = values[f"gradient of {name}"]
-            assert gradient.shape == v.shape, name
-            if not name.startswith("initial_state"):
-                assert not gradient.any(), name
-    if sizes[1] == 0:
-        state = inputs["initial_state"]
-        _, after = selective_scan(**inputs, return_final_state=True)
-        assert torch.equal(after, state)
-        assert torch.equal(torch.autograd.grad(after.sum(), state)[0], torch.ones_like(state))
-
-
-@pytest.mark.parametrize("width", [1, WIDTH])
-@pytest.mark.parametrize("sizes", EMPTY, ids=str)
-def test_empty_convolution(sizes: tuple[int, int, int], width: int):
-    inputs = conv_inputs(*sizes, width=width)
-    for reverse in (False, True):
-        values = evaluate(causal_conv1d, inputs, reverse=reverse, return_final_state=True)
-        assert values["output 0"].shape == sizes
-        assert values["output 1"].shape == (sizes[0], width - 1, sizes[2])
-        for name, v in inputs.items():
-            assert values[f"gradient of {name}"].shape == v.shape, name
-        for name in ("weight", "bias"):
-            assert not values[f"gradient of {name}"].any(), name
-        if sizes[1] == 0:
-            assert torch.equal(values["output 1"], inputs["initial_state"])
-    given = conv_inputs(*sizes, width=3, without=("initial_state",))
-    values = evaluate(symmetric_conv1d, given)
-    assert values["output 0"].shape == sizes
-    assert not values["gradient of weight"].any()
-
-
-@pytest.mark.parametrize("lengths", [(), (0,), (0, 0, 0)], ids=str)
-def test_empty_pack(lengths: tuple[int, ...]):
-    count, cu = len(lengths), pack(lengths)
-    options = {"cu_seqlens": cu, "return_final_state": True}
-    for op, draw in ((selective_scan, scan_inputs), (bidirectional_selective_scan, pair_inputs)):
-        inputs = draw(1, 0, DIM, STATE, sequences=count)
-        values = evaluate(op, inputs, **options)
-        assert values["output 0"].shape == (1, 0, DIM)
-        states = flat({"initial_state": inputs["initial_state"]}).values()
-        for i, state in enumerate(states, 1):
-            assert torch.equal(values[f"output {i}"], state)
-        fresh = draw(1, 0, DIM, STATE, without=("initial_state",))
-        after = evaluate(op, fresh, **options)["output 1"]
-        assert torch.equal(after, torch.zeros(count, DIM, STATE, dtype=torch.float64))
-    inputs = conv_inputs(1, 0, DIM, WIDTH, sequences=count)
-    for reverse in (False, True):
-        values = evaluate(causal_conv1d, inputs, reverse=reverse, **options)
-        assert values["output 0"].shape == (1, 0, DIM)
-        assert torch.equal(values["output 1"], inputs["initial_state"])
-        fresh = conv_inputs(1, 0, DIM, WIDTH, without=("initial_state",))
-        _, after = causal_conv1d(**fresh, reverse=reverse, **options)
-        assert torch.equal(after, torch.zeros(count, WIDTH - 1, DIM, dtype=torch.float64))
-
-
-def test_steps_of_an_empty_batch():
-    state = zeros(0, DIM, STATE)
-    tokens = {k: v[:0] for k, v in step(state=state).items() if k in ("x", "dt", "B", "C", "z")}
-    assert selective_scan_step(**step(state=state) | tokens).shape == (0, DIM)
-    given = {k: v[:0] if k in ("x", "state") else v for k, v in conv_step().items()}
-    assert causal_conv1d_step(**given).shape == (0, DIM)
 
 
 @pytest.mark.parametrize("op", [selective_scan, causal_conv1d])

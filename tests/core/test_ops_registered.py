@@ -6,9 +6,15 @@ from typing import Any
 import pytest
 import torch
 from tests.core.op_cases import (
+    CONV,
+    CONV_BACKWARD,
+    LENGTHS,
+    SCAN,
+    SCAN_BACKWARD,
     assert_all_near,
     assert_equal,
     compare,
+    conv_args,
     conv_inputs,
     conv_ref,
     each,
@@ -16,7 +22,9 @@ from tests.core.op_cases import (
     flat,
     pack,
     pair_inputs,
+    scan_args,
     scan_inputs,
+    without_grad,
 )
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -34,52 +42,6 @@ from scanweave.core import (
 from scanweave.core.ops.selective import selective_scan_ref
 
 Check = Callable[..., None]
-SCAN = torch.ops.scanweave.selective_scan.default
-SCAN_BACKWARD = torch.ops.scanweave.selective_scan_backward.default
-CONV = torch.ops.scanweave.short_conv.default
-CONV_BACKWARD = torch.ops.scanweave.short_conv_backward.default
-LENGTHS = (3, 0, 1, 6, 1)
-
-
-def scan_args(
-    directions: int = 1,
-    packed: bool = False,
-    bare: bool = False,
-    training: bool = True,
-    dtype: torch.dtype = torch.float32,
-) -> tuple:
-    """Arguments of the registered scan."""
-    given = pair_inputs(
-        1 if packed else 2, 11, 4, 3, groups=2, sequences=5 if packed else None, dtype=dtype
-    )
-    names = ("x", "dt", "A", "B", "C", "D", "dt_bias", "initial_state")
-    lists = [list(given[name][:directions]) for name in names]
-    if bare:
-        lists[5:] = [[], [], []]
-    z = None if bare else given["z"]
-    cu = pack(LENGTHS) if packed else None
-    return (*lists, z, cu, [False, True][:directions], not bare, training)
-
-
-def conv_args(packed: bool = False, bare: bool = False, reverse: bool = False) -> tuple:
-    """Arguments of the registered convolution."""
-    given = conv_inputs(
-        1 if packed else 2, 11, 4, 3, sequences=5 if packed else None, dtype=torch.float32
-    )
-    x, weight, bias, state = given.values()
-    cu = pack(LENGTHS) if packed else None
-    if bare:
-        return (x, weight, None, None, cu, 1, reverse, False)
-    return (x, weight, bias, state, cu, 2, reverse, True)
-
-
-def without_grad(args: tuple) -> tuple:
-    def plain(v: Any) -> Any:
-        if isinstance(v, list):
-            return [plain(u) for u in v]
-        return v.detach() if isinstance(v, Tensor) else v
-
-    return tuple(plain(v) for v in args)
 
 
 # opcheck itself looks at the gradients of copies, which are no leaves
