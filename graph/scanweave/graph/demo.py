@@ -108,7 +108,7 @@ def _draw_curves(folder: Path, histories: list[list[dict[str, Any]]]) -> Figure:
             axes.plot(*zip(*points, strict=True), color=color, label=name)
     left.set(title="Training loss", xlabel="epoch")
     right.set(title="Validation accuracy, %", xlabel="epoch")
-    right.legend(fontsize=8)
+    left.legend(fontsize=8)
     return save_figure(canvas, folder, "curves", "Training of the three models.")
 
 
