@@ -15,14 +15,16 @@ from scanweave.core import (
 
 pytestmark = pytest.mark.poison
 DIM, STATE, WIDTH = 4, 3, 4
+DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=lambda d: str(d)[6:])
 EMPTY = [(2, 0, 4), (0, 5, 4), (0, 0, 4), (2, 5, 0), (0, 0, 0)]
 
 
+@DTYPES
 @pytest.mark.parametrize("groups", [None, 1])
 @pytest.mark.parametrize("sizes", EMPTY, ids=str)
-def test_empty_scan(sizes: tuple[int, int, int], groups: int | None):
-    inputs = scan_inputs(*sizes, state=STATE, groups=groups)
-    pairs = pair_inputs(*sizes, state=STATE, groups=groups)
+def test_empty_scan(sizes: tuple[int, int, int], groups: int | None, dtype: torch.dtype):
+    inputs = scan_inputs(*sizes, state=STATE, groups=groups, dtype=dtype)
+    pairs = pair_inputs(*sizes, state=STATE, groups=groups, dtype=dtype)
     for op, given in ((selective_scan, inputs), (bidirectional_selective_scan, pairs)):
         values = evaluate(op, given, return_final_state=True)
         assert values["output 0"].shape == sizes
@@ -59,28 +61,29 @@ def test_empty_convolution(sizes: tuple[int, int, int], width: int):
     assert not values["gradient of weight"].any()
 
 
+@DTYPES
 @pytest.mark.parametrize("lengths", [(), (0,), (0, 0, 0)], ids=str)
-def test_empty_pack(lengths: tuple[int, ...]):
+def test_empty_pack(lengths: tuple[int, ...], dtype: torch.dtype):
     count, cu = len(lengths), pack(lengths)
     options = {"cu_seqlens": cu, "return_final_state": True}
     for op, draw in ((selective_scan, scan_inputs), (bidirectional_selective_scan, pair_inputs)):
-        inputs = draw(1, 0, DIM, STATE, sequences=count)
+        inputs = draw(1, 0, DIM, STATE, sequences=count, dtype=dtype)
         values = evaluate(op, inputs, **options)
         assert values["output 0"].shape == (1, 0, DIM)
         states = flat({"initial_state": inputs["initial_state"]}).values()
         for i, state in enumerate(states, 1):
             assert torch.equal(values[f"output {i}"], state)
-        fresh = draw(1, 0, DIM, STATE, without=("initial_state",))
+        fresh = draw(1, 0, DIM, STATE, without=("initial_state",), dtype=dtype)
         after = evaluate(op, fresh, **options)["output 1"]
-        assert torch.equal(after, torch.zeros(count, DIM, STATE, dtype=torch.float64))
-    inputs = conv_inputs(1, 0, DIM, WIDTH, sequences=count)
+        assert torch.equal(after, torch.zeros(count, DIM, STATE, dtype=dtype))
+    inputs = conv_inputs(1, 0, DIM, WIDTH, sequences=count, dtype=dtype)
     for reverse in (False, True):
         values = evaluate(causal_conv1d, inputs, reverse=reverse, **options)
         assert values["output 0"].shape == (1, 0, DIM)
         assert torch.equal(values["output 1"], inputs["initial_state"])
-        fresh = conv_inputs(1, 0, DIM, WIDTH, without=("initial_state",))
+        fresh = conv_inputs(1, 0, DIM, WIDTH, without=("initial_state",), dtype=dtype)
         _, after = causal_conv1d(**fresh, reverse=reverse, **options)
-        assert torch.equal(after, torch.zeros(count, WIDTH - 1, DIM, dtype=torch.float64))
+        assert torch.equal(after, torch.zeros(count, WIDTH - 1, DIM, dtype=dtype))
 
 
 def test_steps_of_an_empty_batch():

@@ -22,7 +22,7 @@ from tests.core.op_cases import (
 from torch import Tensor
 
 from scanweave.core import bidirectional_selective_scan, selective_scan
-from scanweave.core.ops.selective import portable, selective_scan_ref
+from scanweave.core.ops.selective import compiled, portable, selective_scan_ref
 
 pytestmark = pytest.mark.poison
 Check = Callable[..., None]
@@ -35,23 +35,41 @@ DTYPES = [
     (torch.float16, torch.float32),
     (torch.bfloat16, torch.float32),
 ]
+PATHS = pytest.mark.parametrize("path", ["compiled", "portable"], indirect=True)
 RAGGED = (0, 5, 1, 0, 12, 1, 3, 0)
 ALL: dict[str, Any] = {"return_final_state": True}
 
 
+@pytest.fixture
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What runs float32 and 16 bits on a CPU; without a compiler both are the portable path."""
+    if request.param == "portable":
+        monkeypatch.setattr(compiled, "takes", lambda _: False)
+    return request.param
+
+
+@PATHS
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize(("dtype", "weights"), DTYPES, ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_equals_definition(
-    assert_near: Check, shape: tuple, dtype: torch.dtype, weights: torch.dtype, reverse: bool
+    assert_near: Check,
+    shape: tuple,
+    dtype: torch.dtype,
+    weights: torch.dtype,
+    reverse: bool,
+    path: str,
 ):
     *sizes, groups = shape
     inputs = scan_inputs(*sizes, groups=groups, dtype=dtype, weights=weights)
     compare(assert_near, selective_scan, selective_scan_ref, inputs, reverse=reverse, **ALL)
 
 
+@PATHS
 @pytest.mark.parametrize(("dtype", "weights"), DTYPES, ids=lambda d: str(d)[6:])
-def test_equals_definition_packed(assert_near: Check, dtype: torch.dtype, weights: torch.dtype):
+def test_equals_definition_packed(
+    assert_near: Check, dtype: torch.dtype, weights: torch.dtype, path: str
+):
     inputs = scan_inputs(
         1, sum(RAGGED), 10, 3, groups=2, sequences=len(RAGGED), dtype=dtype, weights=weights
     )
@@ -117,10 +135,11 @@ def test_gradient_of_one_input_only(name: str):
     assert_equal(alone, {k: every[k] for k in alone})
 
 
+@PATHS
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize(("dtype", "weights"), DTYPES, ids=lambda d: str(d)[6:])
 def test_bidirectional_equals_definition(
-    assert_near: Check, dtype: torch.dtype, weights: torch.dtype, packed: bool
+    assert_near: Check, dtype: torch.dtype, weights: torch.dtype, packed: bool, path: str
 ):
     inputs = pair_inputs(
         1 if packed else 3,
@@ -164,8 +183,9 @@ def test_bidirectional_directions_may_group_differently(assert_near: Check):
     compare(assert_near, bidirectional_selective_scan, bidirectional_ref, inputs, **ALL)
 
 
+@PATHS
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_all_in_half_precision(assert_near: Check, dtype: torch.dtype):
+def test_all_in_half_precision(assert_near: Check, dtype: torch.dtype, path: str):
     inputs = scan_inputs(2, 33, 6, 3, dtype=dtype)
     values = compare(assert_near, selective_scan, selective_scan_ref, inputs, **ALL)
     assert values["output 0"].dtype == dtype
