@@ -1,6 +1,7 @@
 """The agent: loss, acting in environment units, and a folder that is enough to act."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -257,8 +258,8 @@ def test_a_fresh_process_acts_alike_without_the_data(kind, tmp_path):
         "out = [agent.act(states[t], None if t == 0 else [1.0, 2.0]) for t in range(6)]\n"
         "np.save(folder + '/out.npy', np.stack(out))\n"
     )
-    paths = {"PYTHONPATH": ":".join(sys.path), "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, env=paths)
+    here = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, env=here)
     np.testing.assert_array_equal(np.load(tmp_path / "out.npy"), np.stack(expected))
     document = json.loads((tmp_path / "agent" / "agent.json").read_text())
     assert document["config"]["env_id"] == "Some-v0"

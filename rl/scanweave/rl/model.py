@@ -58,9 +58,9 @@ class Block(nn.Module):
             nn.Dropout(dropout),
         )
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """Whole sequences: (B, L, D) to (B, L, D), `mask` (B, L) True at real tokens."""
-        mixed = self.mamba(self.norm_mamba(x), mask=mask)
+    def forward(self, x: Tensor) -> Tensor:
+        """Whole sequences: (B, L, D) to (B, L, D)."""
+        mixed = self.mamba(self.norm_mamba(x))
         assert isinstance(mixed, Tensor)
         x = x + mixed
         return x + self.mlp_channels(self.ln_2(x))
@@ -229,18 +229,25 @@ class DecisionMamba(nn.Module):
             ValueError: a shape does not fit the others.
         """
         steps = self._check(states, actions, returns_to_go, timesteps, mask)
+        order = None
+        if mask is not None:
+            # behind the real steps padding can change nothing, because every mixer is causal;
+            # moving steps once is cheaper than masking in every block
+            order = torch.argsort(~mask, dim=1, stable=True)
+            states, actions = _take_steps(states, order), _take_steps(actions, order)
+            returns_to_go = _take_steps(returns_to_go, order)
+            timesteps = _take_steps(timesteps, order)
         tokens = [self.embed_return(returns_to_go), self.embed_state(states)]
         if not self.remove_act_embs:
             tokens.append(self.embed_action(actions))
         when = self._when(timesteps)
         x = torch.stack([token if when is None else token + when for token in tokens], dim=2)
         x = self.transformer.drop(self.embed_ln(x.flatten(1, 2)))  # (B, 3K, D)
-        if mask is not None:
-            mask = mask.repeat_interleave(len(tokens), dim=1)
         for block in self._blocks:
-            x = block(x, mask)
+            x = block(x)
         x = x.unflatten(1, (steps, len(tokens)))[:, :, 1]
-        return self.predict_action(self.transformer.ln_f(x))
+        predictions = self.predict_action(self.transformer.ln_f(x))
+        return predictions if order is None else _take_steps(predictions, order.argsort(dim=1))
 
     def init_state(self, batch: int) -> list[MixerState]:
         """What `step` needs before the first step of `batch` episodes: a state per block."""
@@ -353,3 +360,8 @@ def _replace_rows(state: MixerState, blank: MixerState, rows: Tensor) -> MixerSt
         name: torch.where(rows.view(-1, *[1] * (value.ndim - 1)), blank[name], value)
         for name, value in state.items()
     }
+
+
+def _take_steps(values: Tensor, order: Tensor) -> Tensor:
+    """Steps (B, K, ...) in the order (B, K)."""
+    return values.take_along_dim(order.view(*order.shape, *[1] * (values.ndim - 2)), dim=1)

@@ -28,7 +28,7 @@ class Config:
     """Environment, one of `scanweave.rl.controllers.CONTROLLERS`."""
     episodes: int = 200
     """Players to record, one episode each."""
-    noise: float = 0.5
+    noise: float = 0.75
     """Each player's parameters are scaled by 1 + level * N(0, 1) with level from U(0, noise)."""
     action_noise: float = 0.1
     """Share of random motion in every action."""
@@ -42,7 +42,7 @@ def record_episodes(
     env_id: str,
     episodes: int,
     *,
-    noise: float = 0.5,
+    noise: float = 0.75,
     action_noise: float = 0.1,
     seed: int = 0,
     num_envs: int = 64,
