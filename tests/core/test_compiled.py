@@ -311,8 +311,10 @@ def test_extreme_steps_and_rates(dt: float, rate: float):
     actual = evaluate(selective_scan, inputs, **ALL)
     reference = each(inputs, Tensor.double)
     exact = evaluate(selective_scan_ref, reference, rounded_to=[torch.float32] * 2, **ALL)
+    # a decay below the normal numbers may be zero, before it is multiplied by steps and inputs
+    lost = 1e4 * torch.finfo(torch.float32).tiny
     for key, v in actual.items():
-        limit = 1e-5 * exact[key].abs().max() + torch.finfo(torch.float32).tiny
+        limit = 1e-5 * exact[key].abs().max() + lost
         assert ((v - exact[key]).abs() <= limit).all(), key
 
 

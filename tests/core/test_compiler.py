@@ -77,6 +77,9 @@ def test_changed_source_or_processor_is_compiled_again(
     monkeypatch.setattr(compiler, "_processor", lambda: "another")
     load_library(source)
     assert len(libraries(cache)) == 3
+    source.with_name("header.h").write_text("")
+    load_library(source)
+    assert len(libraries(cache)) == 4
 
 
 @pytest.mark.parametrize("damage", ["cut", "digest", "no digest", "no library"])

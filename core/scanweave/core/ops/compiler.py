@@ -1,4 +1,4 @@
-"""Shared libraries from one C file: compiled on first use, then loaded from the user's cache.
+"""Shared libraries from a C file: compiled on first use, then loaded from the user's cache.
 
     load_library   compile or find, then load; a BuildError that says why and what helps
     cache_folder   $SCANWEAVE_CACHE, else $XDG_CACHE_HOME/scanweave, else ~/.cache/scanweave
@@ -51,7 +51,7 @@ def load_library(source: Path) -> tuple[ctypes.CDLL, str]:
     """Compile `source` unless the cache has it, and load it.
 
     Args:
-        source: A C file that includes nothing but the system's headers.
+        source: A C file that includes headers of its folder and of the system only.
 
     Returns:
         The library, and a word on what it was made with.
@@ -64,12 +64,13 @@ def load_library(source: Path) -> tuple[ctypes.CDLL, str]:
     compiler = find_compiler()
     version = _run([*compiler, "--version"])
     folder = _open_cache()
-    text = source.read_bytes()
+    headers = sorted(source.parent.glob("*.h"))
+    text = [v.read_bytes() for v in (source, *headers)]
     failure = ""
     for extra in EXTRA_FLAGS:
         flags = [*FLAGS, *extra]
         tail = _runtime(version) if "-fopenmp" in extra else []
-        key = _hash("\0".join([*compiler, version, *flags, *tail, _processor()]).encode(), text)
+        key = _hash("\0".join([*compiler, version, *flags, *tail, _processor()]).encode(), *text)
         target = folder / f"{source.stem}-{key}.so"
         about = f"{version.splitlines()[0]}, {' '.join(extra) or 'plain'}, {target}"
         if _intact(target):
