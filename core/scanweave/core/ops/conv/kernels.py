@@ -289,7 +289,7 @@ def conv_backward(
                 num_warps=4,
                 enable_fp_fusion=True,
             )
-    grads = [dx, dweight.sum(0).t().to(weight.dtype)]
+    grads = [dx, dweight.sum(0).t().to(weight.dtype).contiguous()]
     if bias is not None:
         grads.append(dbias.sum(0).to(bias.dtype))
     return grads

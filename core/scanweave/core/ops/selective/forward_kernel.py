@@ -224,7 +224,8 @@ def forward(
     y = torch.empty_like(out) if save_y else out
     final = x.new_empty(len(directions), sequences, dim, A.shape[1], dtype=torch.float32)
     shape = checkpoints_shape(len(directions), x, A, cu_seqlens) if keep_states else (0,)
-    kept = x.new_empty(shape, dtype=torch.float32)
+    # packed sequences rarely fill every chunk; what is left over must not be random
+    kept = (x.new_empty if cu_seqlens is None else x.new_zeros)(shape, dtype=torch.float32)
     if z is not None:
         z = adjacent(z)
     for k, (given, h0) in enumerate(zip(directions, initial_state, strict=True)):
