@@ -1,0 +1,1 @@
+"""Speed and accuracy of the ops, side by side with other public implementations."""

@@ -1,0 +1,125 @@
+"""Sizes at which the ops are measured: those of image, language, graph and control models.
+
+Letters: B batch, L length, D channels, N state, S packed sequences.
+"""
+
+import itertools
+import random
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One size of one op.
+
+    Attributes:
+        name: What `--shapes` takes.
+        batch: B; 1 when packed.
+        length: L; of all tokens when packed.
+        dim: D; of the block's input and output for a mixer.
+        state: N, 0 where there is none.
+        gate: Whether there is a z.
+        packed: Shortest and longest sequence of a packed row; (0, 0) is a dense batch.
+        width: Taps of the convolution.
+        mixer: Name in the registry of mixers, for the op `mixer`.
+        small: So little work that launches take most of the time: replayed as a graph as well.
+    """
+
+    name: str
+    batch: int
+    length: int
+    dim: int
+    state: int = 16
+    gate: bool = True
+    packed: tuple[int, int] = (0, 0)
+    width: int = 4
+    mixer: str = ""
+    small: bool = False
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether sequences of different lengths share one row."""
+        return self.packed[1] > 0
+
+    def toy(self) -> "Shape":
+        """The same kind of problem, small enough to run everywhere in no time."""
+        return replace(
+            self,
+            batch=min(self.batch, 2),
+            length=30 if self.is_packed else min(self.length, 11),
+            dim=8,
+            state=min(self.state, 4),
+            packed=(2, 12) if self.is_packed else (0, 0),
+        )
+
+    def ends(self) -> list[int]:
+        """Where packed sequences start and end: lengths are uniform in `packed`, seed fixed."""
+        rng = random.Random(0)
+        lengths: list[int] = []
+        while sum(lengths) < self.length:
+            lengths.append(min(rng.randint(*self.packed), self.length - sum(lengths)))
+        return [0, *itertools.accumulate(lengths)]
+
+
+VIM = Shape("vim_s", 128, 197, 768)
+GRAPH = Shape("graph", 1, 100_000, 192, packed=(10, 3000))
+LM = Shape("lm", 8, 4096, 2048)
+RL = Shape("rl", 64, 60, 256, small=True)
+VIM_CPU = Shape("vim_b2", 2, 197, 384)
+LM_CPU = Shape("lm_b1", 1, 4096, 256)
+GRAPH_CPU = Shape("graph_4747", 1, 4747, 96, packed=(10, 500))
+
+# one row of 128 images per direction of a cross scan
+SS2D = (
+    Shape("ss2d_56", 512, 3136, 192, state=1, gate=False),
+    Shape("ss2d_14", 512, 196, 768, state=1, gate=False),
+)
+STEPS = tuple(Shape(f"step_b{batch}", batch, 1, 256, small=True) for batch in (1, 64, 4096))
+
+
+def _blocks(base: Shape, *mixers: str) -> tuple[Shape, ...]:
+    return tuple(
+        replace(base, name=f"{base.name}.{m}", mixer=m, state=16 if "mamba" in m else 0)
+        for m in mixers
+    )
+
+
+def _convolved(*shapes: Shape) -> tuple[Shape, ...]:
+    return tuple(replace(shape, state=0) for shape in shapes)
+
+
+# op -> device type -> shapes
+SHAPES: dict[str, dict[str, tuple[Shape, ...]]] = {
+    "selective_scan": {
+        "cuda": (VIM, *SS2D, LM, Shape("long", 1, 131_072, 768), GRAPH, RL),
+        "cpu": (VIM_CPU, LM_CPU, RL, GRAPH_CPU),
+    },
+    "bidirectional_selective_scan": {
+        "cuda": (VIM, GRAPH),
+        "cpu": (VIM_CPU, GRAPH_CPU),
+    },
+    "causal_conv1d": {
+        "cuda": _convolved(VIM, LM, GRAPH, RL),
+        "cpu": _convolved(VIM_CPU, LM_CPU, RL, GRAPH_CPU),
+    },
+    "selective_scan_step": {"cuda": STEPS, "cpu": STEPS[:2]},
+    "mixer": {
+        "cuda": (
+            *_blocks(
+                Shape("vim_s", 128, 197, 384),
+                *("mamba", "bimamba", "attention_bidirectional", "gated_cnn_bidirectional"),
+            ),
+            *_blocks(Shape("rl", 64, 60, 128, small=True), "mamba", "attention", "gated_cnn"),
+        ),
+        "cpu": _blocks(Shape("vim_b2", 2, 197, 192), "mamba", "bimamba", "attention", "gated_cnn"),
+    },
+}
+
+
+def shapes_of(op: str, device: str, toy: bool) -> tuple[Shape, ...]:
+    """Shapes of an op on a device type; at toy size, those of every device."""
+    table = SHAPES[op]
+    if not toy:
+        return table[device]
+    every = {shape.name: shape.toy() for shapes in table.values() for shape in shapes}
+    return tuple(every.values())

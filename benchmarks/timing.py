@@ -1,0 +1,162 @@
+"""Time and peak memory of calls, on a CPU by the clock and on a GPU by events.
+
+All calls of a shape are timed in turn, round after round, so that what else the machine does hits
+all of them alike. On a CPU the time that the process itself ran, in all its threads, is kept beside
+the clock's: on a shared machine it is the one that repeats. On a GPU the second-level cache is
+overwritten before every call, and a graph replay gives the time without launches (there the cache
+stays warm).
+"""
+
+import ctypes
+import ctypes.util
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+Call = Callable[[], object]
+
+# seconds a call gets in all, and how often it is timed at least and at most
+_SECONDS = {"cpu": 2.0, "cuda": 0.15}
+_SAMPLES = {"cpu": (7, 200), "cuda": (5, 100)}
+_TOY_SAMPLES = 2
+# larger than the second-level cache of any GPU so far
+_FLUSH_BYTES = 1 << 28
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Microseconds by the clock, and the median of the processor's time on a CPU."""
+
+    median: float
+    p20: float
+    p80: float
+    best: float
+    samples: int
+    cpu: float | None = None
+
+
+@dataclass(frozen=True)
+class _Sample:
+    clock: float
+    cpu: float | None = None
+
+
+def _quantiles(samples: list[_Sample]) -> Timing:
+    clocks = [s.clock for s in samples]
+    cpus = [s.cpu for s in samples if s.cpu is not None]
+    tenths = statistics.quantiles(clocks, n=10, method="inclusive")
+    cpu = statistics.median(cpus) if cpus else None
+    return Timing(statistics.median(clocks), tenths[1], tenths[7], min(clocks), len(clocks), cpu)
+
+
+def _cpu_time(call: Call) -> _Sample:
+    start, used = time.perf_counter(), time.process_time()
+    call()
+    used = time.process_time() - used
+    return _Sample(1e6 * (time.perf_counter() - start), 1e6 * used)
+
+
+class _Gpu:
+    def __init__(self, device: torch.device) -> None:
+        self.flush = torch.empty(_FLUSH_BYTES // 4, dtype=torch.int32, device=device)
+
+    def time(self, call: Call) -> _Sample:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        # also gives the host time to queue the call, so that launches are not waited for
+        self.flush.zero_()
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return _Sample(1e3 * start.elapsed_time(end))
+
+
+def measure(
+    calls: Mapping[str, Call], device: torch.device, toy: bool = False
+) -> dict[str, Timing]:
+    """Time every call, in turn.
+
+    Args:
+        calls: What to time, by name; each is warmed up first.
+        device: Where the calls run.
+        toy: Take two samples only.
+    """
+    once = _Gpu(device).time if device.type == "cuda" else _cpu_time
+    least, most = _SAMPLES[device.type]
+    counts = {}
+    for name, call in calls.items():
+        once(call)
+        # two more, so that the count is not set by a first call that allocates
+        estimate = min(once(call).clock for _ in range(1 if toy else 2))
+        wanted = int(1e6 * _SECONDS[device.type] / max(estimate, 1.0))
+        counts[name] = _TOY_SAMPLES if toy else max(least, min(most, wanted))
+    samples: dict[str, list[_Sample]] = {name: [] for name in calls}
+    for round_ in range(max(counts.values(), default=0)):
+        for name, call in calls.items():
+            if round_ < counts[name]:
+                samples[name].append(once(call))
+    return {name: _quantiles(found) for name, found in samples.items()}
+
+
+def graph_time(call: Call, device: torch.device, replays: int = 50) -> float:
+    """Median microseconds of a CUDA-graph replay of the call.
+
+    Raises:
+        RuntimeError: the call cannot be captured.
+    """
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream(device).wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    graph.replay()
+    samples = []
+    for _ in range(5):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(replays):
+            graph.replay()
+        end.record()
+        end.synchronize()
+        samples.append(1e3 * start.elapsed_time(end) / replays)
+    return statistics.median(samples)
+
+
+def peak_memory(call: Call, device: torch.device) -> float | None:
+    """Megabytes that the call needs beyond what exists before it, None where not known.
+
+    On a GPU from the allocator. On Linux from the peak of the resident memory, which includes
+    what the allocator keeps; elsewhere not known.
+    """
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        torch.cuda.synchronize(device)
+        return (torch.cuda.max_memory_allocated(device) - before) / 1e6
+    try:
+        # freed memory goes back first, or the call would find it there
+        ctypes.CDLL(ctypes.util.find_library("c")).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+        before = _status_kb("VmRSS")
+        call()
+        return max(0.0, (_status_kb("VmHWM") - before) / 1e3)
+    except (OSError, AttributeError, TypeError):
+        return None
+
+
+def _status_kb(key: str) -> float:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key + ":"):
+            return float(line.split()[1])
+    raise OSError(f"/proc/self/status has no {key}")
