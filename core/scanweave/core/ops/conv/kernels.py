@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import adjacent, on_device, sigmoid
+from ..launch import adjacent, ceil_div, on_device, power_of_2, sigmoid
 
 # the backward holds 2 W - 1 tiles in registers
 MAX_WIDTH = 8
@@ -202,9 +202,9 @@ def conv_forward(
         return y
     x = adjacent(x)
     bounds, sequence = _sequences(cu_seqlens, tokens)
-    block_l = min(32, triton.next_power_of_2(tokens))
-    block_d = min(64, triton.next_power_of_2(dim))
-    blocks_l, blocks_d = triton.cdiv(tokens, block_l), triton.cdiv(dim, block_d)
+    block_l = min(32, power_of_2(tokens))
+    block_d = min(64, power_of_2(dim))
+    blocks_l, blocks_d = ceil_div(tokens, block_l), ceil_div(dim, block_d)
     with on_device(x):
         _forward_kernel[(batch * blocks_l * blocks_d,)](
             x,
@@ -250,9 +250,9 @@ def conv_backward(
     assert state is None
     batch, tokens, dim = x.shape
     width = weight.shape[1]
-    block_l = min(16, triton.next_power_of_2(max(tokens, 1)))
-    block_d = min(64, triton.next_power_of_2(max(dim, 1)))
-    blocks_l, blocks_d = triton.cdiv(tokens, block_l), triton.cdiv(dim, block_d)
+    block_l = min(16, power_of_2(tokens))
+    block_d = min(64, power_of_2(dim))
+    blocks_l, blocks_d = ceil_div(tokens, block_l), ceil_div(dim, block_d)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     parts = batch * blocks_l
     dweight = x.new_empty(parts, width, dim, dtype=torch.float32)

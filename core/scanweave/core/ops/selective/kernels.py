@@ -12,6 +12,7 @@ Letters: S sequences, T tokens, D channels, G groups, N state. Equations: `refer
 # pyright: reportArgumentType=false, reportOperatorIssue=false, reportIndexIssue=false
 # pyright: reportAttributeAccessIssue=false, reportAssignmentType=false
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import LOG2_E, adjacent
+from ..launch import LOG2_E, adjacent, ceil_div, power_of_2
 
 Direction = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 
@@ -88,35 +89,40 @@ def forward_plan(x: Tensor, groups: int, state: int, sequences: int) -> Plan:
     1306 us narrow and deep at B8 L4096 D2048 N16, where wide programs take 2469 us, and 18 us
     against 20 us at B64 L60 D256 N16.
     """
-    block_n = triton.next_power_of_2(state)
-    per_group = x.shape[2] // groups
+    return _forward_plan(x.shape[2] // groups, state, sequences * groups, _processors(x.device))
+
+
+@functools.lru_cache(maxsize=256)
+def _forward_plan(per_group: int, state: int, rows: int, processors: int) -> Plan:
+    block_n = power_of_2(state)
     wide = _block_d(per_group, 64, 1024 // block_n)
-    if sequences * groups * triton.cdiv(per_group, wide) < 8 * _processors(x):
+    if rows * ceil_div(per_group, wide) < 8 * processors:
         narrow = min(wide, 32)
-        return Plan(block_n, narrow, triton.cdiv(per_group, narrow), window=4)
+        return Plan(block_n, narrow, ceil_div(per_group, narrow), window=4)
     window = 4 if block_n <= 2 else 2
     # 168 registers leave room for 12 warps a processor of 64 K registers
-    return Plan(block_n, wide, triton.cdiv(per_group, wide), window, registers=168)
+    return Plan(block_n, wide, ceil_div(per_group, wide), window, registers=168)
 
 
 def backward_plan(x: Tensor, groups: int, state: int) -> Plan:
     """Tile of 512 states, two steps a window: four spill (1338 us against 1185 us as above)."""
-    block_n = triton.next_power_of_2(state)
+    block_n = power_of_2(state)
     per_group = x.shape[2] // groups
     widest, window = (64, 4) if block_n <= 2 else (32, 2)
     block_d = _block_d(per_group, widest, 512 // block_n)
-    return Plan(block_n, block_d, triton.cdiv(per_group, block_d), window)
+    return Plan(block_n, block_d, ceil_div(per_group, block_d), window)
 
 
 def _block_d(per_group: int, widest: int, most: int) -> int:
-    return max(1, min(widest, most, triton.next_power_of_2(per_group)))
+    return max(1, min(widest, most, power_of_2(per_group)))
 
 
-def _processors(x: Tensor) -> int:
+@functools.lru_cache
+def _processors(device: torch.device) -> int:
     """Multiprocessors of the GPU; under the interpreter as on an H100."""
-    if not x.is_cuda:
+    if device.type != "cuda":
         return 132
-    return torch.cuda.get_device_properties(x.device).multi_processor_count
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def strides_and_flags(

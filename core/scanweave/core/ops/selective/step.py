@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..checks import check_tensor, computing_dtype, on_kernels
-from ..launch import LOG2_E, adjacent, on_device, sigmoid
+from ..launch import LOG2_E, adjacent, ceil_div, on_device, power_of_2, sigmoid
 from .kernels import load_row, softplus
 
 _lib = torch.library.Library("scanweave", "FRAGMENT")
@@ -113,9 +113,9 @@ def _step_fused(
         return y
     x, dt, B, C = (adjacent(v) for v in (x, dt, B, C))
     D, z, dt_bias = (None if v is None else adjacent(v) for v in (D, z, dt_bias))
-    block_n = triton.next_power_of_2(A.shape[1])
-    block_d = max(1, min(64, 1024 // block_n, triton.next_power_of_2(dim)))
-    blocks = triton.cdiv(dim, block_d)
+    block_n = power_of_2(A.shape[1])
+    block_d = max(1, min(64, 1024 // block_n, power_of_2(dim)))
+    blocks = ceil_div(dim, block_d)
     with on_device(x):
         _step_kernel[(batch * blocks,)](
             state,
