@@ -207,5 +207,5 @@ def _runtime(version: str) -> list[str]:
         lines = Path("/proc/self/maps").read_text(errors="replace").splitlines()
     except OSError:
         return []
-    paths = {v.split(maxsplit=5)[-1] for v in lines if "/libgomp" in v}
+    paths = {v.split(maxsplit=5)[-1] for v in lines if "/torch" in v and "/libgomp" in v}
     return sorted(v for v in paths if not v.endswith("/libgomp.so.1"))[:1]
