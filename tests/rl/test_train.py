@@ -2,6 +2,7 @@
 
 import csv
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 
 from scanweave.core.training import TrainConfig
 from scanweave.rl import Agent, Episode, evaluate_agent, save_d4rl
-from scanweave.rl.train import Config, load_data, train
+from scanweave.rl.train import Config, load_data, main, train
 
 
 @pytest.fixture
@@ -88,7 +89,9 @@ def test_a_file_with_and_without_environment(config, human):
 
 
 def test_data_that_does_not_fit(config, human):
-    with pytest.raises(ValueError, match=r"dataset must fit Pendulum-v1: Spaces\(state_dim=3"):
+    with pytest.raises(
+        ValueError, match=r"dataset must fit Pendulum-v1 \(3 .*, got 4 state .* 2 choices"
+    ):
         load_data(replace(config, dataset=human))
     with pytest.raises(ValueError, match="env_id must be given without a dataset"):
         load_data(replace(config, env_id=""))
@@ -103,3 +106,15 @@ def test_bounds_come_from_environment_or_data(config, tmp_path):
     episodes, spaces = load_data(replace(config, dataset=Path(tmp_path / "wild.hdf5"), env_id=""))
     assert (spaces.action_low, spaces.action_high) == ([-3], [1])
     assert episodes[0].actions.tolist() == [[-3.0], [1.0]]
+
+
+def test_command_line(tmp_path, monkeypatch, capsys):
+    options = (
+        "--env-id CartPole-v1 --episodes 3 --hidden-size 8 --n-layer 1 --eval-episodes 1 "
+        "--targets 20 --no-baselines --mixer gated_cnn --train.max-steps 2 --train.batch-size 8 "
+        f"--train.warmup-steps 0 --train.cpu --train.no-progress --train.output-dir {tmp_path}/run"
+    )
+    monkeypatch.setattr(sys, "argv", ["train", *options.split()])
+    main()
+    assert "20.0" in capsys.readouterr().out
+    assert (tmp_path / "run" / "agent" / "agent" / "agent.json").is_file()

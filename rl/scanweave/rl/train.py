@@ -7,7 +7,7 @@ environment. With a data set in D4RL's layout:
     python -m scanweave.rl.train --dataset hopper_medium-v2.hdf5 --env-id Hopper-v5
 
 Expected without options, after about 45 seconds of one core's time (a minute and a half at most
-on two idle cores): the agent earns -150 to -200 when asked for 0, and less when asked for less
+on two idle cores): the agent earns -130 to -190 when asked for 0, and less when asked for less
 (about -360 for -500, -650 for -800); cloning, which cannot be asked, earns -240 to -400; the
 controller without flaws earns -155.
 
@@ -59,6 +59,7 @@ def _train_defaults() -> TrainConfig:
         weight_decay=1e-4,
         warmup_steps=50,
         clip_grad=0.25,
+        save_every=400,
     )
 
 
@@ -153,7 +154,9 @@ def load_data(config: Config) -> tuple[list[Episode], Spaces]:
     # a choice that the data never makes is still one of the environment's
     fits = found.act_dim <= spaces.act_dim if spaces.discrete else found.act_dim == spaces.act_dim
     if found.state_dim != spaces.state_dim or found.discrete != spaces.discrete or not fits:
-        raise ValueError(f"dataset must fit {config.env_id}: {spaces}, got {found}")
+        raise ValueError(
+            f"dataset must fit {config.env_id} ({_sizes(spaces)}), got {_sizes(found)}"
+        )
     if spaces.action_low is not None and spaces.action_high is not None:
         episodes = clip_actions(episodes, spaces.action_low, spaces.action_high)
     return episodes, spaces
@@ -284,6 +287,11 @@ def _loss(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str,
     return model(batch)
 
 
+def _sizes(spaces: Spaces) -> str:
+    kind = "choices" if spaces.discrete else "action channels"
+    return f"{spaces.state_dim} state channels, {spaces.act_dim} {kind}"
+
+
 def _spaces_of(episodes: Sequence[Episode]) -> Spaces:
     """Spaces that the data itself shows."""
     first = episodes[0]
@@ -320,10 +328,12 @@ def main() -> None:
     from rich.table import Table
 
     results = train(tyro.cli(Config, description=__doc__))
+    if results["evaluation"] is None:
+        return
     table = Table("agent", "return asked for", "mean return", "± over episodes", "episodes")
     for name, found in {"agent": results["evaluation"], **results["baselines"]}.items():
         for row in found.rows() if found else ():
-            target = "" if row["target"] is None else f"{row['target']:.0f}"
+            target = "" if row["target"] is None else f"{row['target']:.1f}"
             table.add_row(
                 name, target, f"{row['mean']:.1f}", f"{row['std']:.1f}", str(row["episodes"])
             )
