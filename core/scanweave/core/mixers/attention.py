@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops.checks import check_cu_seqlens_values
 from .base import Mixer, State, register_mixer
 
 
@@ -59,6 +60,8 @@ class Attention(Mixer):
 
     def init_state(self, batch: int, *, device: torch.device | str | None = None) -> State:
         """An empty cache: `k` and `v` (B, 0, H, P), and `real` (B, 0), False at padding."""
+        if not self.causal:
+            return super().init_state(batch, device=device)
         weight = self.in_proj.weight
         empty = torch.zeros(
             batch,
@@ -127,7 +130,10 @@ class Attention(Mixer):
         if cu_seqlens is None:
             y, after = self._attend(q, k, v, state, None)
             return self.out_proj(y.flatten(2)), after
+        check_cu_seqlens_values(cu_seqlens, x.shape[1])
         if x.shape[1] == 0:
+            if state is None and self.causal:
+                state = self.init_state(cu_seqlens.shape[0] - 1, device=x.device)
             return x, state
         starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
         place = torch.arange(int(lengths.max()), device=x.device)

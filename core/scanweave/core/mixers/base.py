@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import ClassVar, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.checks import check_cu_seqlens
@@ -104,18 +103,19 @@ class Mixer(nn.Module):
         """
         batch, length, _ = x.shape
         order = torch.argsort(~mask, dim=1, stable=True).unsqueeze(-1)
-        packed = x.take_along_dim(order, 1).reshape(1, batch * length, -1)
-        starts = torch.arange(batch, device=x.device) * length
-        bounds = torch.stack([starts, starts + mask.sum(1)], 1).flatten()
-        cu_seqlens = F.pad(bounds, (0, 1), value=batch * length).int()
+        # not take_along_dim, for which a compiler fixes batch and length
+        packed = x.gather(1, order.expand_as(x)).flatten(0, 1).unsqueeze(0)
+        starts = torch.arange(batch + 1, device=x.device) * length
+        bounds = torch.stack([starts[:-1], starts[:-1] + mask.sum(1)], 1).flatten()
+        cu_seqlens = torch.cat([bounds, starts[-1:]]).int()
         if state is not None:
             state = {
                 name: torch.stack([v, torch.zeros_like(v)], 1).flatten(0, 1)
                 for name, v in state.items()
             }
         y, after = self._mix(packed, state, cu_seqlens, return_state)
-        y = y.reshape(batch, length, -1)
-        y = y.take_along_dim(torch.argsort(order, dim=1), 1)
+        y = y.reshape(batch, length, y.shape[-1])
+        y = y.gather(1, torch.argsort(order, dim=1).expand_as(y))
         if after is not None:
             after = {name: v[::2] for name, v in after.items()}
         return y.masked_fill(~mask.unsqueeze(-1), 0), after
