@@ -151,6 +151,18 @@ def _seeds() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="session")
+def _tables_of_torch() -> None:
+    """Let torch collect its own functions while they are unpatched.
+
+    `torch.device(...)` as a context and the compiler each look functions up in a table that they
+    fill at first use; filled inside `_poison`, it would hold our wrappers for good.
+    """
+    with torch.device("meta"):
+        torch.empty(0)
+    torch.compile(torch.neg, backend="eager")(torch.ones(1))
+
+
 @pytest.fixture(autouse=True)
 def _poison(request: pytest.FixtureRequest) -> Iterator[None]:
     """Fill what scanweave allocates uninitialised with NaN.
@@ -161,6 +173,7 @@ def _poison(request: pytest.FixtureRequest) -> Iterator[None]:
     if not (request.config.getoption("--poison") or request.node.get_closest_marker("poison")):
         yield
         return
+    request.getfixturevalue("_tables_of_torch")
     with pytest.MonkeyPatch.context() as patch:
         for name in ("empty", "empty_like", "empty_strided"):
             patch.setattr(torch, name, _poisoned(getattr(torch, name)))
