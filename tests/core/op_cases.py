@@ -1,7 +1,6 @@
 """Inputs of the ops for tests, and one comparison of every output and every gradient.
 
 scan_inputs, pair_inputs, conv_inputs   leaves by argument name, the same values on every device
-scan_args, conv_args                    positional arguments of the registered ops
 evaluate, compare                       outputs and gradients of an op, against a float64 reference
 bidirectional_ref, conv_ref             references with the signature of the public functions
 layouts                                 the same values behind other strides, with NaN in between
@@ -22,10 +21,6 @@ from scanweave.core.ops.selective import selective_scan_ref
 
 # arguments by name; a pair for what both directions have, a tensor otherwise
 Inputs = dict[str, Any]
-SCAN = torch.ops.scanweave.selective_scan.default
-SCAN_BACKWARD = torch.ops.scanweave.selective_scan_backward.default
-CONV = torch.ops.scanweave.short_conv.default
-CONV_BACKWARD = torch.ops.scanweave.short_conv_backward.default
 # of five packed sequences, 11 tokens
 LENGTHS = (3, 0, 1, 6, 1)
 OPTIONAL = ("D", "z", "dt_bias", "initial_state")
@@ -141,63 +136,6 @@ def conv_inputs(
         for name, v in values.items()
         if name not in without
     }
-
-
-def scan_args(
-    directions: int = 1,
-    packed: bool = False,
-    bare: bool = False,
-    training: bool = True,
-    dtype: torch.dtype = torch.float32,
-    device: str = "cpu",
-) -> tuple:
-    """Arguments of the registered scan."""
-    given = pair_inputs(
-        1 if packed else 2,
-        11,
-        4,
-        3,
-        groups=2,
-        sequences=5 if packed else None,
-        dtype=dtype,
-        device=device,
-    )
-    names = ("x", "dt", "A", "B", "C", "D", "dt_bias", "initial_state")
-    lists = [list(given[name][:directions]) for name in names]
-    if bare:
-        lists[5:] = [[], [], []]
-    z = None if bare else given["z"]
-    cu = pack(LENGTHS, device) if packed else None
-    return (*lists, z, cu, [False, True][:directions], not bare, training)
-
-
-def conv_args(
-    packed: bool = False, bare: bool = False, reverse: bool = False, device: str = "cpu"
-) -> tuple:
-    """Arguments of the registered convolution."""
-    given = conv_inputs(
-        1 if packed else 2,
-        11,
-        4,
-        3,
-        sequences=5 if packed else None,
-        dtype=torch.float32,
-        device=device,
-    )
-    x, weight, bias, state = given.values()
-    cu = pack(LENGTHS, device) if packed else None
-    if bare:
-        return (x, weight, None, None, cu, 1, reverse, False)
-    return (x, weight, bias, state, cu, 2, reverse, True)
-
-
-def without_grad(args: tuple) -> tuple:
-    def plain(v: Any) -> Any:
-        if isinstance(v, list):
-            return [plain(u) for u in v]
-        return v.detach() if isinstance(v, Tensor) else v
-
-    return tuple(plain(v) for v in args)
 
 
 def flat(inputs: Inputs) -> dict[str, Tensor]:

@@ -62,7 +62,13 @@ def on_gpu(inputs: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(
     "sizes",
-    [(4, 197, 384, 16, None), (2, 1000, 130, 8, 2), (1, 4096, 64, 16, None), (3, 333, 96, 1, None)],
+    [
+        (4, 197, 384, 16, None),
+        (2, 1000, 130, 8, 2),
+        (1, 4096, 64, 16, None),
+        (3, 333, 96, 1, None),
+        (8, 515, 1024, 4, 1),  # large enough for wide tiles, and to convert B and C first
+    ],
     ids=str,
 )
 def test_scan(assert_near: Check, sizes: tuple, seed: int, dtype: torch.dtype):

@@ -6,19 +6,23 @@ from typing import Any
 import pytest
 import torch
 from tests.core.op_cases import (
-    CONV,
-    CONV_BACKWARD,
-    SCAN,
-    SCAN_BACKWARD,
     assert_all_near,
-    conv_args,
     conv_inputs,
     each,
     evaluate,
     pack,
     pair_inputs,
-    scan_args,
     scan_inputs,
+)
+from tests.core.registered_cases import (
+    CONV,
+    CONV_BACKWARD,
+    SCAN,
+    SCAN_BACKWARD,
+    STEP,
+    conv_args,
+    scan_args,
+    step_args,
     without_grad,
 )
 from torch import Tensor
@@ -53,6 +57,8 @@ def test_opcheck(packed: bool):
         torch.library.opcheck(CONV, args)
         plain = without_grad(args)
         torch.library.opcheck(CONV_BACKWARD, (torch.randn_like(plain[0]), *plain))
+    for bare in (False, True):
+        torch.library.opcheck(STEP, step_args(bare, device="cuda"))
 
 
 @pytest.mark.slow

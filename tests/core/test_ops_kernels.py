@@ -1,4 +1,4 @@
-"""The Triton kernels against float64: interpreted on a CPU (TRITON_INTERPRET=1) or on a GPU.
+"""The scan's Triton kernels against float64: interpreted (TRITON_INTERPRET=1) or on a GPU.
 
 Interpreting is slow, so shapes are tiny: lengths around CHUNK and WINDOW, channels and states
 around powers of two, and every flag of every kernel on and off.
@@ -18,8 +18,6 @@ from tests.core.op_cases import (
     assert_equal,
     bidirectional_ref,
     compare,
-    conv_inputs,
-    conv_ref,
     each,
     evaluate,
     flat,
@@ -31,13 +29,9 @@ from torch import Tensor
 
 from scanweave.core import (
     bidirectional_selective_scan,
-    causal_conv1d,
     selective_scan,
-    symmetric_conv1d,
 )
-from scanweave.core.ops.conv import kernels as conv_kernels
-from scanweave.core.ops.conv import portable as conv_portable
-from scanweave.core.ops.selective import portable, selective_scan_ref
+from scanweave.core.ops.selective import compiled, kernels, portable, selective_scan_ref
 from scanweave.core.ops.selective.kernels import CHUNK
 
 pytestmark = [pytest.mark.interpret, pytest.mark.poison]
@@ -62,23 +56,34 @@ def _only_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(*_: object, **__: object) -> None:
         raise AssertionError("the op left the Triton kernels")
 
-    for module, name in (
-        (portable, "scan_forward"),
-        (portable, "scan_backward"),
-        (conv_portable, "conv_forward"),
-    ):
-        monkeypatch.setattr(module, name, refused)
+    for name in ("scan_forward", "scan_backward"):
+        monkeypatch.setattr(portable, name, refused)
+    for name in ("forward", "backward"):
+        monkeypatch.setattr(compiled, name, refused)
+
+
+@pytest.fixture
+def plan(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles are wide on a GPU that has enough programs, and narrow on one that starves."""
+    monkeypatch.setattr(
+        kernels, "_processors", lambda _: {"wide": 0, "narrow": 10**6}[request.param]
+    )
+
+
+PLANS = pytest.mark.parametrize("plan", ["narrow", "wide"], indirect=True)
 
 
 # B, L, D, N, groups, reverse
 SIZES = [
     (1, 1, 1, 1, None, False),
     (2, 2, 3, 3, None, True),
-    (1, 3, 70, 16, None, True),  # two blocks of channels, the last one ragged
+    (1, 3, 70, 16, None, True),  # several blocks of channels, the last one ragged
     (1, 2, 64, 16, 1, False),  # whole blocks
-    (1, 3, 5, 17, None, False),
-    (2, 5, 6, 4, 3, True),
-    (1, 5, 4, 1, 4, False),
+    (1, 5, 3, 17, None, False),
+    (2, 6, 6, 4, 3, True),
+    (1, 7, 4, 1, 4, False),  # up to two states have windows of their own
+]
+LONG_SIZES = [
     (1, CHUNK - 1, 3, 2, None, True),
     (1, CHUNK, 2, 3, 2, False),
     (1, CHUNK + 1, 2, 2, None, True),
@@ -86,8 +91,16 @@ SIZES = [
 ]
 
 
+@PLANS
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
-def test_scan(assert_near: Check, device: str, sizes: tuple):
+def test_scan(assert_near: Check, device: str, sizes: tuple, plan: None):
+    *shape, groups, reverse = sizes
+    inputs = scan_inputs(*shape, groups=groups, dtype=torch.float32, device=device)
+    compare(assert_near, selective_scan, selective_scan_ref, inputs, reverse=reverse, **ALL)
+
+
+@pytest.mark.parametrize("sizes", LONG_SIZES, ids=str)
+def test_scan_over_chunks(assert_near: Check, device: str, sizes: tuple):
     *shape, groups, reverse = sizes
     inputs = scan_inputs(*shape, groups=groups, dtype=torch.float32, device=device)
     compare(assert_near, selective_scan, selective_scan_ref, inputs, reverse=reverse, **ALL)
@@ -199,31 +212,24 @@ def test_scan_packed_layouts(assert_near: Check, device: str):
 
 def test_strides_of_output_gradients_change_nothing(assert_near: Check, device: str):
     inputs = scan_inputs(2, 4, 4, 3, dtype=torch.float32, device=device)
-    weights = {"weight": conv_inputs(1, 1, 4, 3, dtype=torch.float32, device=device)["weight"]}
-    for op, given in (
-        (selective_scan, inputs),
-        (causal_conv1d, {"x": inputs["x"]} | weights),
-    ):
-        leaves = list(given.values())
-        out = op(**given)
-        g = torch.randn_like(out)
-        expected = torch.autograd.grad(out, leaves, g, retain_graph=True)
-        for change in LAYOUTS.values():
-            grads = torch.autograd.grad(out, leaves, change(g), retain_graph=True)
-            for a, b in zip(grads, expected, strict=True):
-                assert_near(a, b)
-        ones = torch.autograd.grad(out, leaves, torch.ones_like(out), retain_graph=True)
-        for a, b in zip(torch.autograd.grad(out.sum(), leaves), ones, strict=True):  # stride 0
+    leaves = list(inputs.values())
+    out = selective_scan(**inputs)
+    g = torch.randn_like(out)
+    expected = torch.autograd.grad(out, leaves, g, retain_graph=True)
+    for change in LAYOUTS.values():
+        grads = torch.autograd.grad(out, leaves, change(g), retain_graph=True)
+        for a, b in zip(grads, expected, strict=True):
             assert_near(a, b)
+    ones = torch.autograd.grad(out, leaves, torch.ones_like(out), retain_graph=True)
+    for a, b in zip(torch.autograd.grad(out.sum(), leaves), ones, strict=True):  # stride 0
+        assert_near(a, b)
 
 
 def test_runs_repeat_bit_by_bit(device: str):
-    lengths = (3, 0, 5)
     pairs = pair_inputs(1, 8, 5, 3, sequences=3, dtype=torch.float32, device=device)
-    conv = conv_inputs(1, 8, 5, 4, sequences=3, dtype=torch.float32, device=device)
-    for op, inputs in ((bidirectional_selective_scan, pairs), (causal_conv1d, conv)):
-        options = {"cu_seqlens": pack(lengths, device), "return_final_state": True}
-        assert_equal(evaluate(op, inputs, **options), evaluate(op, inputs, **options))
+    options = {"cu_seqlens": pack((3, 0, 5), device), "return_final_state": True}
+    first = evaluate(bidirectional_selective_scan, pairs, **options)
+    assert_equal(evaluate(bidirectional_selective_scan, pairs, **options), first)
 
 
 def test_batch_row_does_not_depend_on_its_batch(device: str):
@@ -274,17 +280,15 @@ def test_extreme_steps_and_rates(device: str, rate: float):
 @pytest.mark.parametrize("sizes", [(2, 0, 4), (0, 5, 4), (2, 5, 0), (0, 0, 0)], ids=str)
 def test_empty(device: str, sizes: tuple[int, int, int]):
     inputs = scan_inputs(*sizes, state=3, dtype=torch.float32, device=device)
-    conv = conv_inputs(*sizes, width=4, dtype=torch.float32, device=device)
-    for op, given in ((selective_scan, inputs), (causal_conv1d, conv)):
-        values = evaluate(op, given, **ALL)
-        assert values["output 0"].shape == sizes
-        for name, v in flat(given).items():
-            gradient = values[f"gradient of {name}"]
-            assert gradient.shape == v.shape, name
-            if name != "initial_state":
-                assert not gradient.any(), name
-        if sizes[1] == 0:
-            assert torch.equal(values["output 1"], given["initial_state"])
+    values = evaluate(selective_scan, inputs, **ALL)
+    assert values["output 0"].shape == sizes
+    for name, v in flat(inputs).items():
+        gradient = values[f"gradient of {name}"]
+        assert gradient.shape == v.shape, name
+        if name != "initial_state":
+            assert not gradient.any(), name
+    if sizes[1] == 0:
+        assert torch.equal(values["output 1"], inputs["initial_state"])
 
 
 @pytest.mark.parametrize("lengths", [(), (0,), (0, 0)], ids=str)
@@ -295,102 +299,3 @@ def test_empty_pack(device: str, lengths: tuple[int, ...]):
     values = evaluate(selective_scan, inputs, **options)
     assert torch.equal(values["output 1"], inputs["initial_state"])
     assert not values["gradient of A"].any()
-    conv = conv_inputs(1, 0, 3, 4, sequences=count, dtype=torch.float32, device=device)
-    values = evaluate(causal_conv1d, conv, **options)
-    assert torch.equal(values["output 1"], conv["initial_state"])
-    assert not values["gradient of weight"].any()
-
-
-# the backward kernel is for calls without a state; with one, only outputs come from a kernel
-@pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("width", [1, 2, 4, 7, conv_kernels.MAX_WIDTH])
-def test_convolution(assert_near: Check, device: str, width: int, reverse: bool):
-    for without in (("initial_state",), ("bias", "initial_state"), ()):
-        for activation in ("silu", None):
-            inputs = conv_inputs(
-                2, 9, 3, width, without=without, dtype=torch.float32, device=device
-            )
-            options = {"activation": activation, "reverse": reverse, **ALL}
-            compare(assert_near, causal_conv1d, conv_ref, inputs, **options)
-
-
-@pytest.mark.parametrize("sizes", [(1, 1, 1), (1, 16, 64), (1, 17, 65), (2, 33, 3), (1, 70, 2)])
-def test_convolution_blocks(assert_near: Check, device: str, sizes: tuple[int, int, int]):
-    for without in (("initial_state",), ()):
-        inputs = conv_inputs(*sizes, width=4, without=without, dtype=torch.float32, device=device)
-        compare(assert_near, causal_conv1d, conv_ref, inputs, activation="silu", **ALL)
-
-
-@pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("lengths", [(0, 3, 1, 0, 2, 0), (17, 1, 15, 40), (1, 1, 1)], ids=str)
-def test_convolution_packed(
-    assert_near: Check, device: str, lengths: tuple[int, ...], reverse: bool
-):
-    for without in (("initial_state",), ()):
-        inputs = conv_inputs(
-            1,
-            sum(lengths),
-            3,
-            4,
-            sequences=len(lengths),
-            without=without,
-            dtype=torch.float32,
-            device=device,
-        )
-        for dtype in (torch.int32, torch.int64):
-            cu = pack(lengths, device).to(dtype)
-            options = {"activation": "silu", "reverse": reverse, "cu_seqlens": cu, **ALL}
-            compare(assert_near, causal_conv1d, conv_ref, inputs, **options)
-
-
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("width", [1, 3, 7])
-def test_symmetric_convolution(assert_near: Check, device: str, width: int, packed: bool):
-    def reference(*args: Any, **kwargs: Any) -> Any:
-        return conv_ref(*args, **kwargs, symmetric=True)
-
-    lengths = (0, 5, 1, 3)
-    cu = pack(lengths, device) if packed else None
-    for activation in ("silu", None):
-        inputs = conv_inputs(
-            1, 9, 3, width, without=("initial_state",), dtype=torch.float32, device=device
-        )
-        options = {"activation": activation, "cu_seqlens": cu}
-        compare(assert_near, symmetric_conv1d, reference, inputs, **options)
-
-
-@HALVES
-def test_convolution_half(assert_near: Check, device: str, half: torch.dtype):
-    for weights, without in ((torch.float32, ("initial_state",)), (half, ())):
-        inputs = conv_inputs(
-            2, 9, 3, 4, without=without, dtype=half, weights=weights, device=device
-        )
-        compare(assert_near, causal_conv1d, conv_ref, inputs, activation="silu", **ALL)
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_convolution_layouts(assert_near: Check, device: str, layout: str):
-    for without in ((), ("initial_state",)):
-        inputs = conv_inputs(2, 5, 4, 3, without=without, dtype=torch.float32, device=device)
-        strided = each(inputs, LAYOUTS[layout])
-        for reverse in (False, True):
-            options = {"activation": "silu", "reverse": reverse, **ALL}
-            expected = evaluate(causal_conv1d, inputs, **options)
-            assert_all_near(assert_near, evaluate(causal_conv1d, strided, **options), expected)
-
-
-@OVERFLOWS
-@pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_bad_values_reach_the_window_only(device: str, bad: float, reverse: bool):
-    inputs = conv_inputs(
-        1, 9, 3, 3, sequences=3, without=("initial_state",), dtype=torch.float32, device=device
-    )
-    spoiled = inputs["x"].detach().clone()
-    spoiled[0, 3:6] = bad
-    options = {"cu_seqlens": pack((3, 3, 3), device), "reverse": reverse, "activation": "silu"}
-    clean = evaluate(causal_conv1d, inputs, **options)
-    actual = evaluate(causal_conv1d, inputs | {"x": spoiled.requires_grad_()}, **options)
-    others = [0, 1, 2, 6, 7, 8]
-    for key in ("output 0", "gradient of x"):
-        assert torch.equal(actual[key][:, others], clean[key][:, others]), key

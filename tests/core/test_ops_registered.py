@@ -6,15 +6,10 @@ from typing import Any
 import pytest
 import torch
 from tests.core.op_cases import (
-    CONV,
-    CONV_BACKWARD,
     LENGTHS,
-    SCAN,
-    SCAN_BACKWARD,
     assert_all_near,
     assert_equal,
     compare,
-    conv_args,
     conv_inputs,
     conv_ref,
     each,
@@ -22,8 +17,17 @@ from tests.core.op_cases import (
     flat,
     pack,
     pair_inputs,
-    scan_args,
     scan_inputs,
+)
+from tests.core.registered_cases import (
+    CONV,
+    CONV_BACKWARD,
+    SCAN,
+    SCAN_BACKWARD,
+    STEP,
+    conv_args,
+    scan_args,
+    step_args,
     without_grad,
 )
 from torch import Tensor, nn
@@ -79,6 +83,15 @@ def test_opcheck_convolution(case: dict[str, Any]):
     plain = without_grad(conv_args(**case))
     torch.library.opcheck(CONV, plain)
     torch.library.opcheck(CONV_BACKWARD, (torch.randn_like(plain[0]), *plain))
+
+
+@pytest.mark.parametrize("bare", [False, True])
+def test_opcheck_step(bare: bool):
+    args = step_args(bare)
+    torch.library.opcheck(STEP, args)
+    y = STEP(*args)
+    meta = [v.to("meta") if isinstance(v, Tensor) else v for v in args]
+    assert STEP(*meta).shape == y.shape
 
 
 @pytest.mark.parametrize("training", [False, True])
