@@ -22,6 +22,7 @@ from types import ModuleType
 import torch
 
 from .mixers import list_mixers, mixer_info
+from .ops.selective import compiled
 from .report import DemoResult, write_report
 
 DOMAINS = ("vision", "graph", "rl")
@@ -138,6 +139,7 @@ def _info() -> int:
     for package in PACKAGES:
         print(f"{package:<16}{_version(package)}")
     print(f"{'device':<16}{_device()}")
+    print(f"{'compiled scan':<16}{compiled.status()}")
     print("\ndomains")
     for domain in DOMAINS:
         try:
