@@ -11,7 +11,6 @@ from tests.core.op_cases import (
     assert_equal,
     compare,
     conv_inputs,
-    conv_ref,
     each,
     evaluate,
     flat,
@@ -43,6 +42,7 @@ from scanweave.core import (
     selective_scan_step,
     symmetric_conv1d,
 )
+from scanweave.core.ops.selective import compiled as scan_in_c
 from scanweave.core.ops.selective import selective_scan_ref
 
 Check = Callable[..., None]
@@ -289,10 +289,17 @@ def test_exports_and_still_trains(assert_near: Check, dynamic: bool, packed: boo
     assert {"scanweave.selective_scan.default", "scanweave.short_conv.default"} <= names
 
 
+@pytest.mark.parametrize("path", ["compiled", "portable"])
 @EACH_OP
 def test_autocast_does_not_touch_the_op(
-    op: Callable[..., Any], draw: Callable[..., dict[str, Any]], sizes: tuple[int, ...]
+    op: Callable[..., Any],
+    draw: Callable[..., dict[str, Any]],
+    sizes: tuple[int, ...],
+    path: str,
+    monkeypatch: pytest.MonkeyPatch,
 ):
+    if path == "portable":
+        monkeypatch.setattr(scan_in_c, "takes", lambda _: False)
     inputs = draw(2, 9, *sizes, dtype=torch.float32)
     expected = evaluate(op, inputs, return_final_state=True)
     with torch.autocast("cpu", torch.bfloat16):
@@ -378,17 +385,3 @@ def test_input_changed_in_place_is_noticed():
         x.add_(1)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             out.sum().backward()
-
-
-def test_convolution_is_near_its_definition_when_called_directly(assert_near: Check):
-    x, weight, bias, state, *_ = conv_args()
-
-    def direct(**kw: Tensor) -> Tensor:
-        return CONV(kw["x"], kw["weight"], kw["bias"], kw["initial_state"], None, 2, False, True)
-
-    inputs = {"x": x, "weight": weight, "bias": bias, "initial_state": state}
-
-    def definition(**kw: Any) -> Any:
-        return conv_ref(**kw, activation="silu")
-
-    compare(assert_near, direct, definition, inputs)
