@@ -19,7 +19,7 @@ import importlib
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -76,9 +76,11 @@ class Peer:
 
 
 def ours(op: Op, inputs: Inputs) -> Prepared:
-    """The op itself in the same form."""
+    """The op itself in the same form; what a step updates is its own copy."""
     leaves = inputs.tensors if op.backward else {}
-    return Prepared(lambda: op.run(inputs), leaves, state=inputs.state)
+    state = None if inputs.state is None else inputs.state.clone()
+    own = replace(inputs, state=state)
+    return Prepared(lambda: op.run(own), leaves, state=state)
 
 
 def _portable(op: Op, inputs: Inputs) -> Prepared:

@@ -21,7 +21,9 @@ Call = Callable[[], object]
 
 # seconds a call gets in all, and how often it is timed at least and at most
 _SECONDS = {"cpu": 2.0, "cuda": 0.15}
-_SAMPLES = {"cpu": (7, 200), "cuda": (5, 100)}
+_SAMPLES = {"cpu": (5, 200), "cuda": (5, 100)}
+# a call that takes as long as this, in microseconds, is timed only so often
+_LONG, _LONG_SAMPLES = 1e6, 3
 _TOY_SAMPLES = 2
 # larger than the second-level cache of any GPU so far
 _FLUSH_BYTES = 1 << 28
@@ -89,11 +91,17 @@ def measure(
     least, most = _SAMPLES[device.type]
     counts = {}
     for name, call in calls.items():
-        once(call)
-        # two more, so that the count is not set by a first call that allocates
-        estimate = min(once(call).clock for _ in range(1 if toy else 2))
+        estimate = once(call).clock
+        if estimate < _LONG:
+            # the first call also allocates
+            estimate = once(call).clock
         wanted = int(1e6 * _SECONDS[device.type] / max(estimate, 1.0))
-        counts[name] = _TOY_SAMPLES if toy else max(least, min(most, wanted))
+        if estimate >= _LONG:
+            counts[name] = _LONG_SAMPLES
+        else:
+            counts[name] = max(least, min(most, wanted))
+        if toy:
+            counts[name] = _TOY_SAMPLES
     samples: dict[str, list[_Sample]] = {name: [] for name in calls}
     for round_ in range(max(counts.values(), default=0)):
         for name, call in calls.items():
@@ -131,12 +139,11 @@ def graph_time(call: Call, device: torch.device, replays: int = 50) -> float:
 
 
 def peak_memory(call: Call, device: torch.device) -> float | None:
-    """Megabytes that the call needs beyond what exists before it, None where not known.
+    """Megabytes that a warmed-up call needs beyond what exists before it, None where not known.
 
     On a GPU from the allocator. On Linux from the peak of the resident memory, which includes
     what the allocator keeps; elsewhere not known.
     """
-    call()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)

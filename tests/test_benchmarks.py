@@ -147,6 +147,15 @@ def test_a_wrong_state_is_noticed():
         run.measure_shape(broken, Shape("s", 2, 1, 4), torch.float32, CPU, RATES)
 
 
+def test_a_step_leaves_the_inputs_as_they_are():
+    """Else peers would start from another state than the reference."""
+    op = OPS["selective_scan_step"]
+    inputs = op.make(Shape("s", 2, 1, 4), torch.float32, CPU)
+    reference = exact(op, inputs, output_gradient(op, inputs))
+    for _ in range(2):
+        require(errors(reference, ours(op, inputs), inputs.tensors["x"]), torch.float32)
+
+
 def test_a_wrong_peer_is_named_and_not_timed(monkeypatch: pytest.MonkeyPatch):
     op, shape = OPS["causal_conv1d"], Shape("odd", 2, 7, 4, state=0)
 
