@@ -34,7 +34,7 @@ test: lint
 lint: $(DEV_STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 bench-smoke: $(DEV_STAMP)
 	$(BIN)/python -m benchmarks.run all --toy --no-peers
