@@ -1,7 +1,7 @@
 """Graphs: a graph classifier with and without its sequence mixer reads digits as pixel graphs.
 
 A node is a pixel with ink that knows nothing but how much, an edge joins touching pixels. About
-two minutes on two CPU cores.
+a minute and a half on one CPU core.
 
     run   train, test, draw; what `scanweave demo` calls
 """

@@ -1,7 +1,7 @@
 """Images: a Vision Mamba learns to read scanned handwritten digits.
 
 The set is the 1,797 digits that ship inside scikit-learn: real scans, 8 x 8 pixels, 16 greys.
-About one minute on two CPU cores.
+About a minute on one CPU core.
 
     run   train, test, draw; what `scanweave demo` calls
 """
