@@ -5,7 +5,6 @@ One that is off is not timed, and the run ends with exit code 1.
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,7 +19,6 @@ from .floor import Ceilings, Work, ceilings
 from .ops import OPS, Op
 from .peers import PEERS, Prepared, Skip, ours
 from .report import (
-    ROOT,
     AccuracyRow,
     Environment,
     Row,
@@ -278,5 +276,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    os.chdir(ROOT)
     sys.exit(main())
