@@ -8,8 +8,8 @@ by row, a TUDataset, and the same model without its mixers:
     python -m scanweave.graph.train --dataset PROTEINS --data-dir data --mixer none
 
 Expect 97 to 98 % of the test digits from the first line, in about half a minute on one CPU core
-(`OMP_NUM_THREADS=1`: on a busy machine more threads are slower), and 82 to 86 % without mixers. A run refuses a folder that holds another one: `--train.overwrite`, or another
-`--train.output-dir`.
+(`OMP_NUM_THREADS=1`: on a busy machine more threads are slower), and 82 to 86 % without mixers.
+A run refuses a folder that holds another one: `--train.overwrite`, or another `--train.output-dir`.
 
     Config          settings
     build_model     settings and data -> model
