@@ -117,6 +117,22 @@ def test_every_setting_builds_a_model(kwargs, tmp_path, splits):
         assert layer.norm3 is None
 
 
+@pytest.mark.parametrize("mixer", ["none", "attention", "gated_cnn"])
+def test_state_size_is_for_mixers_that_have_one(mixer, tmp_path, splits):
+    """One command compares mixers: those without a state size are as without the setting."""
+    models = [build_model(config(tmp_path, mixer=mixer, d_state=d), splits) for d in (0, 4)]
+    plain, given = (model.state_dict() for model in models)
+    assert plain.keys() == given.keys()
+    assert all(v.equal(given[name]) for name, v in plain.items())
+    sized = build_model(config(tmp_path, mixer="mamba", d_state=4), splits)
+    assert sized.convs[0].mixer.d_state == 4
+
+
+def test_unknown_mixer_is_named_with_a_state_size(tmp_path, splits):
+    with pytest.raises(ValueError, match=r"mixer must be one of .*, got 'mumble'"):
+        build_model(config(tmp_path, mixer="mumble", d_state=4), splits)
+
+
 def test_train_writes_what_it_returns(tmp_path, monkeypatch, splits):
     monkeypatch.setattr(train, "load_splits", lambda *args, **kwargs: splits)
     results = train.train(config(tmp_path, order=("rcm",), precompute_order=True))

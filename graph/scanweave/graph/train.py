@@ -19,6 +19,7 @@ A run refuses a folder that holds another one: `--train.overwrite`, or another `
 """
 
 import functools
+import inspect
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -33,6 +34,7 @@ from torch_geometric.data import Batch, Data
 from torch_geometric.loader import DataLoader
 from torch_geometric.nn import global_add_pool, global_max_pool, global_mean_pool
 
+from scanweave.core import create_mixer
 from scanweave.core.training import (
     TrainConfig,
     Trainer,
@@ -87,7 +89,7 @@ class Config:
     mixer: str = "bimamba"
     """Registered mixer, or `none` for the same model without mixers."""
     d_state: int = 0
-    """State size of Mamba mixers; 0 leaves the mixer's default."""
+    """State size of Mamba mixers, unused by others; 0 leaves the mixer's default."""
     order: tuple[str, ...] = ("degree",)
     """Node order; several names are compared one after another."""
     precompute_order: bool = False
@@ -138,8 +140,18 @@ def build_model(config: Config, splits: GraphSplits) -> GraphMamba:
         num_perms=config.num_perms,
         eval_perms=config.eval_perms or None,
         ties=config.ties,
-        mixer_kwargs={"d_state": config.d_state} if config.d_state else None,
+        mixer_kwargs=_mixer_kwargs(config),
     )
+
+
+def _mixer_kwargs(config: Config) -> dict[str, Any] | None:
+    """`d_state` where it is set and the mixer has one, so that mixers compare in one command."""
+    if not config.d_state or config.mixer == "none":
+        return None
+    # on the meta device a mixer has neither memory nor random numbers
+    mixer = create_mixer(config.mixer, config.hidden_channels, device="meta")
+    takes = inspect.signature(type(mixer)).parameters
+    return {"d_state": config.d_state} if "d_state" in takes else None
 
 
 def predict(model: nn.Module, batch: Batch) -> Tensor:
