@@ -16,6 +16,7 @@ typedef struct {
 typedef struct {
     int64_t parts, sequences, length, dim, state, groups, reverse, softplus;
     const int64_t *cu; /* (S + 1,) starts in the one batch row, or NULL */
+    const int32_t *path; /* (L,) token of every step of a batch row, or NULL: step t is token t */
     const float *A, *D, *bias, *initial; /* (D, N), (D,), (D,), (S, D, N); contiguous */
     Rows x, dt, B, C, z;
 } Inputs;
@@ -34,30 +35,44 @@ static Sequence sequence_of(const Inputs *in, int64_t s) {
 
 /* a chunk's rows, in the order of the scan */
 typedef struct {
-    int64_t start, step; /* token of its first row within the batch row; +1 or -1 */
-    int64_t batch, token; /* token: as start, among all T */
-    int64_t ahead;        /* from a row to the one that the chunk after this one has in its place */
+    const int32_t *path;
+    int64_t start, step, length; /* its first row's place in the path; +1 or -1; of the path */
+    int64_t batch;
+    int64_t ahead; /* from a row to the one that the chunk after this one has in its place */
     int rows;
 } Chunk;
 
 static Chunk chunk_of(const Inputs *in, Sequence q, int64_t index, int back) {
     int64_t at = index * STEPS, left = q.length - at;
     if (in->reverse) at = q.length - 1 - at;
-    return (Chunk){q.first + at, in->reverse ? -1 : 1, q.batch, q.token + at,
+    return (Chunk){in->path, q.first + at, in->reverse ? -1 : 1, in->length, q.batch,
                    !in->reverse == !back ? STEPS : -STEPS, (int)(left < STEPS ? left : STEPS)};
 }
 
+/* the batch row's token in row t of a chunk */
+INLINE int64_t token_of(Chunk c, int t) {
+    int64_t at = c.start + t * c.step;
+    return c.path ? c.path[at] : at;
+}
+
 INLINE int64_t place(const Rows *r, Chunk c, int t) {
-    return c.batch * r->batch + (c.start + t * c.step) * r->row;
+    return c.batch * r->batch + token_of(c, t) * r->row;
+}
+
+/* where the chunk after this one has its row t; not read, so it may be out of bounds */
+INLINE int64_t place_ahead(const Rows *r, Chunk c, int t) {
+    int64_t at = c.start + t * c.step + c.ahead;
+    if (c.path) at = at >= 0 && at < c.length ? c.path[at] : 0;
+    return c.batch * r->batch + at * r->row;
 }
 
 static void load_block(vf *to, const Rows *r, Chunk c, int64_t channel, int lanes) {
     const int64_t size = r->type == FLOAT32 ? 4 : 2;
     if (lanes == VL) {
         for (int t = 0; t < c.rows; t++) {
-            int64_t at = place(r, c, t) + channel;
-            __builtin_prefetch((const char *)((uintptr_t)r->data + (at + c.ahead * r->row) * size));
-            load((float *)(to + t), r->data, r->type, at, VL);
+            uintptr_t ahead = (uintptr_t)r->data + (place_ahead(r, c, t) + channel) * size;
+            __builtin_prefetch((const char *)ahead);
+            load((float *)(to + t), r->data, r->type, place(r, c, t) + channel, VL);
         }
         return;
     }
@@ -77,7 +92,7 @@ static void store_block(const Rows *r, const vf *from, Chunk c, int64_t channel,
         store(r->data, (const float *)(from + t), r->type, place(r, c, t) + channel, lanes);
 }
 
-/* a chunk's rows of B or C as float32: in place where they are, else copied to `buffer` */
+/* a chunk's rows of B or C as float32: where they are if they can be, else copied to `buffer` */
 typedef struct {
     const float *data;
     ptrdiff_t row;
@@ -85,7 +100,7 @@ typedef struct {
 
 static Vectors vectors_of(const Rows *r, Chunk c, int64_t group, int64_t state, float *buffer) {
     int64_t at = place(r, c, 0) + group * r->group;
-    if (r->type == FLOAT32)
+    if (r->type == FLOAT32 && !c.path)
         return (Vectors){(const float *)r->data + at, (ptrdiff_t)(c.step * r->row)};
     for (int t = 0; t < c.rows; t++)
         load(buffer + t * state, r->data, r->type, place(r, c, t) + group * r->group, (int)state);

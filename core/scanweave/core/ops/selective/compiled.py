@@ -122,13 +122,14 @@ class _Call:
         cu_seqlens: Tensor | None,
         reverse: bool,
         dt_softplus: bool,
+        path: Tensor | None = None,
     ) -> None:
         x, dt, A, B, C, D, dt_bias = direction
         rows = [adjacent(v) for v in (x, dt, B, C)] + [None if z is None else adjacent(z)]
         small = [_floats(v) for v in (A, D, dt_bias, initial_state)]
         cu = None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous()
         self.sequences = x.shape[0] if cu is None else cu.shape[0] - 1
-        self.kept = (rows, small, cu)
+        self.kept = (rows, small, cu, path)
         parts = x.numel() * A.shape[1] // WORK_PER_THREAD
         self.arguments: list[int] = [
             max(1, min(torch.get_num_threads(), parts)),
@@ -140,6 +141,7 @@ class _Call:
             reverse,
             dt_softplus,
             _pointer(cu),
+            _pointer(path),
             *(_pointer(v) for v in small),
             *(field for v in rows for field in _rows(v)),
         ]
@@ -158,8 +160,12 @@ def forward(
     reverse: list[bool],
     dt_softplus: bool,
     training: bool,
+    paths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Outputs of the registered op: out, y where the backward needs it, final states, nothing."""
+    """Outputs of the registered op: out, y where the backward needs it, final states, nothing.
+
+    `paths` (K, L) contiguous int32: step t of direction k is token paths[k, t].
+    """
     x, A = directions[0][0], directions[0][2]
     count = len(directions)
     out = x.new_empty(x.shape)
@@ -168,7 +174,8 @@ def forward(
     finals = None
     for k, direction in enumerate(directions):
         last = k == count - 1
-        call = _Call(direction, start[k], z if last else None, cu_seqlens, reverse[k], dt_softplus)
+        gate, path = z if last else None, None if paths is None else paths[k]
+        call = _Call(direction, start[k], gate, cu_seqlens, reverse[k], dt_softplus, path)
         if finals is None:
             shape = (count, call.sequences, *A.shape)
             finals = x.new_empty(shape, dtype=torch.float32)
@@ -195,19 +202,29 @@ def backward(
     reverse: list[bool],
     dt_softplus: bool,
     y: Tensor,
+    paths: Tensor | None = None,
+    ddt: Sequence[Tensor] | None = None,
 ) -> tuple[list[ScanGradients], Tensor | None]:
-    """Gradients of every direction, and that of the gate."""
+    """Gradients of every direction, and that of the gate.
+
+    With `paths` all directions share x, whose gradient is one float32 sum that all of them hold.
+    `ddt` are tensors to write the gradients of dt to.
+    """
     dout = adjacent(dout)
     dz = None if z is None else z.new_empty(z.shape)
     y = y.contiguous()
     grads = []
+    shared = None
+    if paths is not None:
+        shared = y.new_empty(directions[0][0].shape, dtype=torch.float32)
     for k, direction in enumerate(directions):
         x, dt, A, B = direction[:4]
-        call = _Call(direction, start[k], z, cu_seqlens, reverse[k], dt_softplus)
+        path = None if paths is None else paths[k]
+        call = _Call(direction, start[k], z, cu_seqlens, reverse[k], dt_softplus, path)
         dlast = None if dfinal is None else _floats(dfinal[k])
         grad = ScanGradients(
-            x=x.new_empty(x.shape),
-            dt=dt.new_empty(dt.shape),
+            x=x.new_empty(x.shape) if shared is None else shared,
+            dt=dt.new_empty(dt.shape) if ddt is None else ddt[k],
             A=A.new_empty(A.shape, dtype=torch.float32),
             B=B.new_zeros(B.shape, dtype=torch.float32),
             C=B.new_zeros(B.shape, dtype=torch.float32),
@@ -223,6 +240,7 @@ def backward(
             *_rows(grad.x),
             *_rows(grad.dt),
             *(_ABSENT if k else _rows(dz)),
+            shared is not None and k > 0,
             *(_pointer(v) for v in (grad.A, grad.B, grad.C, grad.D, grad.dt_bias, grad.state)),
         ]
         _run(_library().run_backward, arguments)

@@ -31,6 +31,7 @@ typedef struct {
     Rows dout;
     const float *y, *dfinal;                /* as the forward's; dfinal may be NULL */
     Rows dx, ddt, dz;                       /* dz absent but for one direction */
+    int64_t add;                            /* dx is added to, not written */
     float *dA, *dB, *dC, *dD, *dbias, *dinitial; /* (D, N), 2 x (T, G, N) of zeros, ... */
 } Backward;
 
@@ -146,10 +147,8 @@ static void forward_item(const Forward *f, const Plan *plan, Item item, char *me
             vf y[STEPS], other[STEPS];
             int64_t channel = item.channel + b * VL;
             int lanes = lanes_of(plan, item.block + b);
-            /* dense (T, D) arrays of this run, seen as one batch row */
-            Chunk flat = {c.token, c.step, 0, c.token, c.ahead, c.rows};
-            Rows before = {(char *)f->before, FLOAT32, 0, in->dim, 0};
-            Rows kept = {(char *)f->y, FLOAT32, 0, in->dim, 0};
+            Rows before = {(char *)f->before, FLOAT32, in->length * in->dim, in->dim, 0};
+            Rows kept = {(char *)f->y, FLOAT32, in->length * in->dim, in->dim, 0};
             load_steps(&s, in, c, channel, lanes);
             vf D = load_channels(in->D, channel, lanes);
             if (in->D)
@@ -158,10 +157,10 @@ static void forward_item(const Forward *f, const Plan *plan, Item item, char *me
                 memset(y, 0, sizeof y);
             advance_all(N, c.rows, &s, A2 + b * N, h + b * N, B, C, y);
             if (f->before) {
-                load_block(other, &before, flat, channel, lanes);
+                load_block(other, &before, c, channel, lanes);
                 for (int t = 0; t < c.rows; t++) y[t] = other[t] + y[t];
             }
-            if (f->y) store_block(&kept, y, flat, channel, lanes);
+            if (f->y) store_block(&kept, y, c, channel, lanes);
             if (!f->out.data) continue;
             if (in->z.data) {
                 load_block(other, &in->z, c, channel, lanes);
@@ -226,10 +225,9 @@ static void backward_block(const Backward *k, Chunk c, int64_t channel, int lane
     load_steps(&w.steps, in, c, channel, lanes);
     load_block(w.g, &k->dout, c, channel, lanes);
     if (in->z.data) {
-        Chunk flat = {c.token, c.step, 0, c.token, c.ahead, c.rows};
-        Rows kept = {(char *)k->y, FLOAT32, 0, in->dim, 0};
+        Rows kept = {(char *)k->y, FLOAT32, in->length * in->dim, in->dim, 0};
         load_block(z, &in->z, c, channel, lanes);
-        if (k->dz.data) load_block(y, &kept, flat, channel, lanes);
+        if (k->dz.data) load_block(y, &kept, c, channel, lanes);
         for (int t = 0; t < c.rows; t++) {
             vf gate = sigmoid(z[t]), dout = w.g[t];
             w.g[t] = dout * z[t] * gate;
@@ -257,6 +255,10 @@ static void backward_block(const Backward *k, Chunk c, int64_t channel, int lane
     }
     total[N] += dD;
     total[N + 1] += dbias;
+    if (k->add) {
+        load_block(y, &k->dx, c, channel, lanes);
+        for (int t = 0; t < c.rows; t++) w.r1[t] += y[t];
+    }
     store_block(&k->dx, w.r1, c, channel, lanes);
     store_block(&k->ddt, w.r2, c, channel, lanes);
 }
@@ -306,7 +308,7 @@ static void backward_item(const Backward *k, const Plan *plan, Item item, Part *
                            A + b * N, kept + i * size + b * N, e + b * N, B, C, chunk_b, chunk_c,
                            total + b * (N + 2));
         for (int t = 0; t < c.rows; t++) {
-            int64_t token = c.token + t * c.step - item.sequence.token;
+            int64_t token = token_of(c, t) - item.sequence.first;
             float *row_b = dB + (token * G + item.group) * N;
             float *row_c = dC + (token * G + item.group) * N;
             for (int64_t n = 0; n < N; n++) {

@@ -1,0 +1,367 @@
+"""Selective scans along paths as a torch operator: registration, gradients, values of paths.
+
+One registered op runs all K directions over the same x. What differs between directions comes
+stacked, as a projection of the tokens gives it, so that gradients leave it stacked as well and
+that of x is one sum. Nothing is permuted in memory by the Triton kernels and by `scan.c`, which
+read and write rows where the path says; `portable.py` runs on permuted copies. Which of the three
+runs is decided as in `op.py`. Equations and letters: `reference.py`; K directions.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils.weak import WeakIdKeyDictionary, WeakIdRef
+
+from ..checks import check_cu_seqlens_values, computing_dtype, on_kernels
+from . import backward_kernel, compiled, forward_kernel, portable
+from .kernels import checkpoints_shape
+
+Direction = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
+
+_lib = torch.library.Library("scanweave", "FRAGMENT")
+_INPUTS = (
+    "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? dt_bias, "
+    "Tensor? initial_state, Tensor? z, Tensor paths, Tensor? cu_seqlens, bool[] reverse, "
+    "bool dt_softplus"
+)
+_lib.define(
+    f"path_selective_scan({_INPUTS}, bool training) -> "
+    "(Tensor out, Tensor y, Tensor final_state, Tensor checkpoints)"
+)
+_lib.define(
+    f"path_selective_scan_backward(Tensor dout, Tensor? dfinal, {_INPUTS}, Tensor y, "
+    "Tensor checkpoints) -> Tensor[]"
+)
+_forward_op = torch.ops.scanweave.path_selective_scan.default
+_backward_op = torch.ops.scanweave.path_selective_scan_backward.default
+
+# paths whose values were read, with all that the result depends on: reading a GPU's values stalls
+# it, so it is done once per tensor and not once per layer
+_READ_PATHS: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def check_paths_values(paths: Tensor, cu_seqlens: Tensor | None, length: int) -> None:
+    """Raise unless every row is a permutation of the tokens, within every packed sequence."""
+    key = None
+    # an inference tensor has no version, so nothing tells whether it has changed since
+    if not paths.is_inference() and (cu_seqlens is None or not cu_seqlens.is_inference()):
+        packing = None if cu_seqlens is None else (WeakIdRef(cu_seqlens), cu_seqlens._version)
+        key = (paths._version, length, packing)
+        if _READ_PATHS.get(paths) == key:
+            return
+    tokens = torch.arange(length, device=paths.device)
+    ordered = paths.sort(1).values
+    wrong = (ordered != tokens).any(1)
+    strays = torch.zeros_like(paths, dtype=torch.bool)
+    if cu_seqlens is not None:
+        sequence = torch.searchsorted(cu_seqlens[1:].to(tokens.dtype), tokens, right=True)
+        # clamped: an index out of bounds would end a GPU's context before it could be reported
+        strays = sequence[paths.clamp(0, max(length - 1, 0)).long()] != sequence
+        wrong = wrong | strays.any(1)
+    rows = wrong.nonzero().flatten().tolist()
+    if rows:
+        row = ordered[rows[0]]
+        outside = row[(row < 0) | (row >= length)].tolist()
+        twice = row[1:][row[1:] == row[:-1]].tolist()
+        if outside or twice:
+            got = f"{outside[0]}" if outside else f"{twice[0]} twice"
+            raise ValueError(
+                f"paths must visit every token from 0 to {length - 1} once, "
+                f"got {got} in row {rows[0]}"
+            )
+        step = int(strays[rows[0]].nonzero()[0])
+        raise ValueError(
+            "paths must stay within each packed sequence, "
+            f"got token {int(paths[rows[0], step])} at step {step} of row {rows[0]}"
+        )
+    if key is not None:
+        _READ_PATHS[paths] = key
+
+
+def _readable(paths: Tensor, cu_seqlens: Tensor | None, length: int) -> Tensor:
+    """Checked paths as the kernels read them.
+
+    A CUDA graph reads values only when it is replayed, and they may be others by then. They are
+    clamped there: a path that is none gives wrong numbers but reads no foreign memory.
+    """
+    if paths.is_cuda and torch.cuda.is_current_stream_capturing():
+        return paths.clamp(0, max(length - 1, 0)).to(torch.int32).contiguous()
+    if cu_seqlens is not None:
+        check_cu_seqlens_values(cu_seqlens, length)
+    check_paths_values(paths, cu_seqlens, length)
+    return paths.to(torch.int32).contiguous()
+
+
+def _directions(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+) -> list[Direction]:
+    """One tuple of views a direction, as the functions that run several directions take them."""
+    count = A.shape[0]
+    columns = (dt.unbind(2), A.unbind(0), B.unbind(2), C.unbind(2))
+    optional = ([None] * count if v is None else v.unbind(0) for v in (D, dt_bias))
+    return [(x, *one) for one in zip(*columns, *optional, strict=True)]
+
+
+def _states(v: Tensor | None, count: int) -> Sequence[Tensor | None]:
+    return [None] * count if v is None else v.unbind(0)
+
+
+def _forward(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_state: Tensor | None,
+    z: Tensor | None,
+    paths: Tensor,
+    cu_seqlens: Tensor | None,
+    reverse: list[bool],
+    dt_softplus: bool,
+    training: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    paths = _readable(paths, cu_seqlens, x.shape[1])
+    dtype = computing_dtype(x, dt, A, B, C, D, dt_bias, initial_state, z)
+    directions = _directions(x, dt, A, B, C, D, dt_bias)
+    start = _states(initial_state, len(directions))
+    if on_kernels(x) and dtype == torch.float32:
+        return forward_kernel.forward(
+            directions, start, z, cu_seqlens, reverse, dt_softplus, training, paths=paths
+        )
+    if dtype == torch.float32 and compiled.takes([x, dt, B, C, *([] if z is None else [z])]):
+        return compiled.forward(
+            directions, start, z, cu_seqlens, reverse, dt_softplus, training, paths
+        )
+    with torch.autocast(x.device.type, enabled=False):
+        total, finals = x.new_zeros(x.shape, dtype=dtype), []
+        for one, h0, back, path in zip(directions, start, reverse, paths.long(), strict=True):
+            y, final = portable.scan_forward(
+                *_along(path, one), h0, cu_seqlens, dt_softplus, back, dtype
+            )
+            total.index_add_(1, path, y)
+            finals.append(final)
+        out = total if z is None else total * F.silu(z.to(dtype))
+        y = total if training and z is not None else total.new_empty(0)
+        return out.to(x.dtype), y, torch.stack(finals), total.new_empty(0)
+
+
+def _along(path: Tensor, direction: Direction) -> Direction:
+    """Inputs in the order of a path."""
+    x, dt, A, B, C, D, dt_bias = direction
+    x, dt, B, C = (v.index_select(1, path) for v in (x, dt, B, C))
+    return x, dt, A, B, C, D, dt_bias
+
+
+def _backward(
+    dout: Tensor,
+    dfinal: Tensor | None,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_state: Tensor | None,
+    z: Tensor | None,
+    paths: Tensor,
+    cu_seqlens: Tensor | None,
+    reverse: list[bool],
+    dt_softplus: bool,
+    y: Tensor,
+    checkpoints: Tensor,
+) -> list[Tensor]:
+    paths = _readable(paths, cu_seqlens, x.shape[1])
+    dtype = computing_dtype(x, dt, A, B, C, D, dt_bias, initial_state, z)
+    directions = _directions(x, dt, A, B, C, D, dt_bias)
+    start = _states(initial_state, len(directions))
+    ddt = dt.new_empty(dt.shape)
+    parts = ddt.unbind(2)
+    gates = [] if z is None else [z]
+    if on_kernels(x) and dtype == torch.float32:
+        grads, dz = backward_kernel.backward(
+            dout,
+            dfinal,
+            directions,
+            initial_state is not None,
+            z,
+            cu_seqlens,
+            reverse,
+            dt_softplus,
+            y,
+            checkpoints,
+            paths=paths,
+            ddt=parts,
+        )
+    elif dtype == torch.float32 and compiled.takes([dout, x, dt, B, C, *gates]):
+        grads, dz = compiled.backward(
+            dout, dfinal, directions, start, z, cu_seqlens, reverse, dt_softplus, y, paths, parts
+        )
+    else:
+        with torch.autocast(x.device.type, enabled=False):
+            dy, dz = dout.to(dtype), None
+            if z is not None:
+                zc = z.to(dtype)
+                gate = torch.sigmoid(zc)
+                dz = dy * y * gate * (1 + zc * (1 - gate))
+                dy = dy * zc * gate
+            dx, grads = x.new_zeros(x.shape, dtype=dtype), []
+            for k, (path, back) in enumerate(zip(paths.long(), reverse, strict=True)):
+                g = portable.scan_backward(
+                    dy.index_select(1, path),
+                    None if dfinal is None else dfinal[k],
+                    *_along(path, directions[k]),
+                    start[k],
+                    cu_seqlens,
+                    dt_softplus,
+                    back,
+                    dtype,
+                )
+                dx.index_add_(1, path, g.x)
+                parts[k].index_copy_(1, path, g.dt.to(dt.dtype))
+                g.x, g.dt = dx, parts[k]
+                g.B, g.C = (torch.empty_like(v).index_copy_(1, path, v) for v in (g.B, g.C))
+                grads.append(g)
+    flat = [
+        grads[0].x.to(x.dtype),
+        ddt,
+        torch.stack([g.A for g in grads]).to(A.dtype),
+        torch.stack([g.B for g in grads], 2).to(B.dtype),
+        torch.stack([g.C for g in grads], 2).to(C.dtype),
+    ]
+    if D is not None:
+        flat.append(torch.stack([g.D for g in grads]).to(D.dtype))
+    if dt_bias is not None:
+        flat.append(torch.stack([g.dt_bias for g in grads]).to(dt_bias.dtype))
+    if initial_state is not None:
+        flat.append(torch.stack([g.state for g in grads]).to(initial_state.dtype))
+    if z is not None:
+        assert dz is not None
+        flat.append(dz.to(z.dtype))
+    return flat
+
+
+def _forward_fake(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_state: Tensor | None,
+    z: Tensor | None,
+    paths: Tensor,
+    cu_seqlens: Tensor | None,
+    reverse: list[bool],
+    dt_softplus: bool,
+    training: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = computing_dtype(x, dt, A, B, C, D, dt_bias, initial_state, z)
+    count, dim, state = A.shape
+    rows = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    fused = on_kernels(x) and dtype == torch.float32
+    y_shape = x.shape if training and z is not None else (0,)
+    kept_shape: tuple[int, ...] = (0,)
+    if training and fused:
+        kept_shape = checkpoints_shape(count, x, A[0], cu_seqlens)
+    return (
+        x.new_empty(x.shape),
+        x.new_empty(y_shape, dtype=x.dtype if fused else dtype),
+        x.new_empty((count, rows, dim, state), dtype=dtype),
+        x.new_empty(kept_shape, dtype=dtype),
+    )
+
+
+def _backward_fake(
+    dout: Tensor,
+    dfinal: Tensor | None,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_state: Tensor | None,
+    z: Tensor | None,
+    paths: Tensor,
+    cu_seqlens: Tensor | None,
+    reverse: list[bool],
+    dt_softplus: bool,
+    y: Tensor,
+    checkpoints: Tensor,
+) -> list[Tensor]:
+    inputs = (x, dt, A, B, C, D, dt_bias, initial_state, z)
+    return [v.new_empty(v.shape) for v in inputs if v is not None]
+
+
+for _device in ("CPU", "CUDA"):
+    _lib.impl("path_selective_scan", _forward, _device)
+    _lib.impl("path_selective_scan_backward", _backward, _device)
+torch.library.register_fake("scanweave::path_selective_scan", _forward_fake, lib=_lib)
+torch.library.register_fake("scanweave::path_selective_scan_backward", _backward_fake, lib=_lib)
+
+
+class PathSelectiveScan(torch.autograd.Function):
+    """The op with gradients of its nine floating-point inputs, of which the last four may lack."""
+
+    @staticmethod
+    def forward(ctx, paths, cu_seqlens, reverse, dt_softplus, training, *inputs):  # noqa: D102
+        out, y, final, kept = _forward_op(
+            *inputs, paths, cu_seqlens, list(reverse), dt_softplus, training
+        )
+        ctx.save_for_backward(paths, cu_seqlens, y, kept, *inputs)
+        ctx.reverse, ctx.dt_softplus = reverse, dt_softplus
+        ctx.set_materialize_grads(False)
+        return out, final
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout, dfinal):  # noqa: D102 # pyright: ignore[reportIncompatibleMethodOverride]
+        paths, cu_seqlens, y, kept, *inputs = ctx.saved_tensors
+        if dout is None:
+            dout = torch.zeros_like(inputs[0])
+        settings = (paths, cu_seqlens, list(ctx.reverse), ctx.dt_softplus, y, kept)
+        grads = iter(_backward_op(dout, dfinal, *inputs, *settings))
+        return *(None,) * 5, *(None if v is None else next(grads) for v in inputs)
+
+
+def _differentiable(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_state: Tensor | None,
+    z: Tensor | None,
+    paths: Tensor,
+    cu_seqlens: Tensor | None,
+    reverse: list[bool],
+    dt_softplus: bool,
+    training: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    inputs = (x, dt, A, B, C, D, dt_bias, initial_state, z)
+    if not (torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in inputs)):
+        with torch._C._AutoDispatchBelowAutograd():
+            return _forward_op(*inputs, paths, cu_seqlens, reverse, dt_softplus, training)
+    settings = (paths, cu_seqlens, tuple(reverse), dt_softplus, True)
+    out, final = PathSelectiveScan.apply(*settings, *inputs)
+    # what only the backward reads stays inside the Function
+    return out, out.new_empty(0), final, out.new_empty(0)
+
+
+_lib.impl("path_selective_scan", _differentiable, "Autograd")
