@@ -2,6 +2,13 @@
 
 from .mixers import Mixer, MixerInfo, create_mixer, list_mixers, mixer_info, register_mixer
 from .ops.conv import causal_conv1d, causal_conv1d_step, symmetric_conv1d
+from .ops.gated import (
+    bidirectional_gated_linear_scan,
+    gated_linear_attention,
+    gated_linear_scan,
+    gated_linear_scan_step,
+    ssd,
+)
 from .ops.selective import (
     bidirectional_selective_scan,
     grid_paths,
@@ -13,10 +20,14 @@ from .ops.selective import (
 __all__ = [
     "Mixer",
     "MixerInfo",
+    "bidirectional_gated_linear_scan",
     "bidirectional_selective_scan",
     "causal_conv1d",
     "causal_conv1d_step",
     "create_mixer",
+    "gated_linear_attention",
+    "gated_linear_scan",
+    "gated_linear_scan_step",
     "grid_paths",
     "list_mixers",
     "mixer_info",
@@ -24,5 +35,6 @@ __all__ = [
     "register_mixer",
     "selective_scan",
     "selective_scan_step",
+    "ssd",
     "symmetric_conv1d",
 ]
