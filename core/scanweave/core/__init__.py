@@ -9,6 +9,7 @@ from .ops.gated import (
     gated_linear_scan_step,
     ssd,
 )
+from .ops.norm import rms_norm_gated
 from .ops.selective import (
     bidirectional_selective_scan,
     grid_paths,
@@ -33,6 +34,7 @@ __all__ = [
     "mixer_info",
     "path_selective_scan",
     "register_mixer",
+    "rms_norm_gated",
     "selective_scan",
     "selective_scan_step",
     "ssd",
