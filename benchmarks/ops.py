@@ -81,7 +81,7 @@ class _Draw:
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype, self.device = dtype, device
         # drawing on the device: the largest shape has 300 million elements a tensor
-        self.rng = torch.Generator(device).manual_seed(0)
+        self.rng = None if device.type == "meta" else torch.Generator(device).manual_seed(0)
 
     def __call__(self, *size: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.randn(*size, generator=self.rng, device=self.device, dtype=dtype or self.dtype)

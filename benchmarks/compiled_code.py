@@ -1,0 +1,323 @@
+"""What the compiler makes of every Triton kernel of core, on a machine without a GPU.
+
+    python -m benchmarks.compiled_code                # the guarded kernels against their budgets
+    python -m benchmarks.compiled_code --all          # every op and shape, on every target
+    python -m benchmarks.compiled_code --write        # measure again, and make that the budget
+
+The ops run on tensors without data while launches are recorded instead of made, so what is
+compiled is what a GPU would be asked to run: the same tiles, flags, strides and launch options.
+Each recorded launch is then compiled for a target and its machine code read:
+
+    registers       a thread; on AMD vector registers
+    spilled         bytes of stack a thread, which is where registers spill to
+    instructions    of the innermost loops, for each element and thread: what a warp issues for
+                    one element of every lane. Elements of an iteration are the product of the
+                    kernel's BLOCK_* and WINDOW; a kernel without loops counts as a whole
+
+Budgets are in `compiled_code.json`, by version of Triton, because layouts and spills differ
+between releases. A change that is meant is written there by `--write`, once per version.
+"""
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from .machine_code import Code, read_code
+from .ops import OPS
+from .report import markdown
+from .shapes import SHAPES, Shape
+
+BUDGETS = Path(__file__).with_suffix(".json")
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+# target, op, shape: what CI compiles
+GUARDED = (
+    *(
+        ("sm_90", op, shape)
+        for op, shape in (
+            ("selective_scan", "vim_s"),
+            ("selective_scan", "ss2d_56"),
+            ("selective_scan", "lm"),
+            ("selective_scan", "graph"),
+            ("bidirectional_selective_scan", "vim_s"),
+            ("causal_conv1d", "vim_s"),
+            ("selective_scan_step", "step_b64"),
+        )
+    ),
+    *((target, "selective_scan", "vim_s") for target in TARGETS if target != "sm_90"),
+)
+EVERYTHING = tuple(
+    (target, op, shape.name)
+    for target in TARGETS
+    for op in OPS
+    if op in SHAPES and op != "mixer"  # mixers launch the same kernels
+    for shape in SHAPES[op]["cuda"]
+)
+# another release than the budgets' may allocate registers and schedule a little differently
+OTHER_RELEASE = 1.15
+OTHER_RELEASE_SPILLS = 256
+SAME_RELEASE = 1.02
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch as the op asked for it."""
+
+    kernel: Any
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+    grid: Any
+
+    @property
+    def name(self) -> str:
+        """The kernel's, without the underscore of private names."""
+        return self.kernel.__name__.strip("_")
+
+    @property
+    def named(self) -> dict[str, Any]:
+        """Arguments and options by name."""
+        names = self.kernel.arg_names
+        return dict(zip(names, self.arguments, strict=False)) | self.options
+
+    @property
+    def elements(self) -> int:
+        """Elements that one iteration computes."""
+        named = self.named.items()
+        return math.prod(int(v) for k, v in named if k.startswith("BLOCK_") or k == "WINDOW")
+
+    @property
+    def form(self) -> tuple[Any, ...]:
+        """What tells two launches of a kernel apart for the compiler, sizes included."""
+        tensors = {k: v.dtype for k, v in self.named.items() if isinstance(v, torch.Tensor)}
+        return self.kernel, self.named | tensors
+
+
+class _OpsOfCpu(TorchDispatchMode):
+    """Runs the code behind scanweave's ops on tensors of no device, instead of their fakes."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> object:
+        if func.namespace != "scanweave":
+            return func(*args, **(kwargs or {}))
+        keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+        return func.redispatch(keys, *args, **(kwargs or {}))
+
+
+class _Driver:
+    """Says to Triton which GPU to compile for; one device per target, as kernels are cached."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.get_current_device = lambda: str(target)
+        self.get_current_stream = lambda device: 0
+        self.get_current_target = lambda: target
+
+
+def interpreted() -> bool:
+    """Whether kernels are Python here (TRITON_INTERPRET=1), so that nothing can be compiled."""
+    from scanweave.core.ops.selective.kernels import softplus
+
+    return not isinstance(softplus, JITFunction)
+
+
+@contextmanager
+def _as_on(backend: str) -> Iterator[None]:
+    """Let launchers choose as they would on a GPU of this vendor."""
+    with ExitStack() as stack:
+        for vendor in ("cuda", "hip"):
+            value = "0" if vendor == backend else None
+            stack.enter_context(mock.patch.object(torch.version, vendor, value))
+        for name, module in list(sys.modules.items()):
+            if name.startswith("scanweave.core.ops.") and hasattr(module, "on_kernels"):
+                stack.enter_context(mock.patch.object(module, "on_kernels", return_value=True))
+        yield
+
+
+def record(op: str, shape: Shape, backend: str = "cuda") -> dict[str, list[Launch]]:
+    """Launches of an op at a shape in bfloat16: those of "inference", and of "training"."""
+    launches: list[Launch] = []
+
+    def note(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        launches.append(Launch(kernel, arguments, options, grid))
+
+    entry = OPS[op]
+    # the ends of packed sequences are read on the host, so they need values
+    device = torch.device("cpu" if shape.is_packed else "meta")
+    found = {}
+    with _as_on(backend), mock.patch.object(JITFunction, "run", note), _OpsOfCpu():
+        inputs = entry.make(shape, torch.bfloat16, device)
+        with torch.no_grad():
+            entry.run(inputs)
+        found["inference"], launches = launches, []
+        if entry.backward:
+            out = entry.run(inputs)
+            torch.autograd.grad(out, list(inputs.tensors.values()), torch.empty_like(out))
+            found["training"], launches = launches, []
+    return found
+
+
+def compile_for(launch: Launch, target: GPUTarget) -> Code:
+    """Machine code of a launch.
+
+    Raises:
+        FileNotFoundError: the tools that read it are not installed.
+    """
+    before = driver._active
+    driver.set_active(_Driver(target))  # type: ignore[arg-type]
+    try:
+        compiled = launch.kernel.run(
+            *launch.arguments, grid=launch.grid, warmup=True, **launch.options
+        )
+    finally:
+        driver._active = before
+    lanes = target.warp_size * compiled.metadata.num_warps
+    return read_code(compiled.asm, launch.elements / lanes)
+
+
+def measure(target: str, op: str, shape: str) -> dict[str, Code]:
+    """Compile what an op launches at a shape; by "target/op/shape/pass/kernel".
+
+    A kernel that is launched again with other flags has its number behind its name; one that is
+    launched again in the same form is there once.
+    """
+    (size,) = (s for s in SHAPES[op]["cuda"] if s.name == shape)
+    rows: dict[str, Code] = {}
+    for passes, launches in record(op, size, TARGETS[target].backend).items():
+        seen: dict[str, int] = {}
+        forms = []
+        for launch in launches:
+            if launch.form in forms:
+                continue
+            forms.append(launch.form)
+            count = seen[launch.name] = seen.get(launch.name, 0) + 1
+            suffix = f"_{count}" if count > 1 else ""
+            key = f"{target}/{op}/{shape}/{passes}/{launch.name}{suffix}"
+            rows[key] = compile_for(launch, TARGETS[target])
+    return rows
+
+
+def read_budgets() -> dict[str, dict[str, Code]]:
+    """Budgets by version of Triton and row."""
+    table = json.loads(BUDGETS.read_text()) if BUDGETS.exists() else {}
+    return {
+        version: {key: Code(**row) for key, row in rows.items()} for version, rows in table.items()
+    }
+
+
+def over_budget(key: str, code: Code, budgets: Mapping[str, Mapping[str, Code]]) -> str:
+    """What is over its budget, in words; empty if nothing is.
+
+    A version of Triton without budgets of its own is held to the worst of the others, with room.
+    """
+    same = triton.__version__ in budgets
+    tables = [budgets[triton.__version__]] if same else list(budgets.values())
+    known = [table[key] for table in tables if key in table]
+    if not known:
+        return f"{key} has no budget: python -m benchmarks.compiled_code --write"
+    factor = SAME_RELEASE if same else OTHER_RELEASE
+    limits = {
+        "registers": max(b.registers for b in known) * (1.0 if same else factor),
+        "spilled": max(b.spilled for b in known) + (0 if same else OTHER_RELEASE_SPILLS),
+        "instructions": max((b.instructions or math.inf) for b in known) * factor,
+    }
+    found = asdict(code)
+    over = [
+        f"{name} {found[name]:g} of {limit:g}"
+        for name, limit in limits.items()
+        if (found[name] or 0) > limit
+    ]
+    return f"{key}: {', '.join(over)}" if over else ""
+
+
+def write_budgets(rows: Mapping[str, Code]) -> None:
+    """Make these rows this Triton's budgets, in place of those of the same ops and shapes."""
+    budgets = read_budgets()
+    measured = {key.rsplit("/", 2)[0] for key in rows}
+    kept = {
+        key: code
+        for key, code in budgets.get(triton.__version__, {}).items()
+        if key.rsplit("/", 2)[0] not in measured
+    }
+    budgets[triton.__version__] = dict(sorted({**kept, **rows}.items()))
+    # one row a line, so that a change reads well
+    lines = [
+        f'"{version}": {{\n'
+        + ",\n".join(f'  "{key}": {json.dumps(asdict(code))}' for key, code in table.items())
+        + "\n}"
+        for version, table in sorted(budgets.items())
+    ]
+    BUDGETS.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def _show(rows: Mapping[str, Code], budgets: Mapping[str, Code]) -> str:
+    header = ["target", "op", "shape", "pass", "kernel", "registers", "spilled", "instructions"]
+    lines = []
+    for key, code in rows.items():
+        budget = budgets.get(key)
+        values = []
+        for name, value in asdict(code).items():
+            was = None if budget is None else getattr(budget, name)
+            shown = "-" if value is None else f"{value:g}"
+            values.append(shown if was is None or was == value else f"{shown} (was {was:g})")
+        lines.append([*key.split("/"), *values])
+    return markdown(header, lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; 0, or 1 if a kernel is over its budget or has none."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.compiled_code")
+    parser.add_argument("--all", action="store_true", help="every op and shape on every target")
+    parser.add_argument("--targets", help=f"only these, with commas between: {','.join(TARGETS)}")
+    parser.add_argument("--shapes", help="only these, by name, with commas between")
+    parser.add_argument("--write", action="store_true", help="make what is measured the budget")
+    args = parser.parse_args(arguments)
+    if interpreted():
+        parser.error("TRITON_INTERPRET must be unset: interpreted kernels are not compiled")
+    chosen = EVERYTHING if args.all else GUARDED
+    for index, given in ((0, args.targets), (2, args.shapes)):
+        if given is not None:
+            wanted = set(given.split(","))
+            unknown = wanted - {case[index] for case in chosen}
+            if unknown:
+                parser.error(f"must be among {sorted({c[index] for c in chosen})}, got {unknown}")
+            chosen = tuple(case for case in chosen if case[index] in wanted)
+    rows: dict[str, Code] = {}
+    for case in chosen:
+        sys.stderr.write(" ".join(case) + "\n")
+        rows |= measure(*case)
+    budgets = read_budgets()
+    sys.stdout.write(f"triton {triton.__version__}\n\n")
+    sys.stdout.write(_show(rows, budgets.get(triton.__version__, {})) + "\n")
+    if args.write:
+        write_budgets(rows)
+        return 0
+    # only the guarded ones have to have a budget
+    known = {key for table in budgets.values() for key in table}
+    failed = [
+        over_budget(k, code, budgets) for k, code in rows.items() if not args.all or k in known
+    ]
+    for line in filter(None, failed):
+        sys.stderr.write(line + "\n")
+    return 1 if any(failed) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
