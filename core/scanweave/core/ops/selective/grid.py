@@ -35,7 +35,7 @@ def _zigzag(grid: Tensor) -> Tensor:
 
 def _diagonals(grid: Tensor) -> Tensor:
     """The diagonals from the top left corner to the bottom right one, each read downwards."""
-    rows, columns = (torch.arange(n) for n in grid.shape)
+    rows, columns = (torch.arange(n, device=grid.device) for n in grid.shape)
     diagonal = (rows[:, None] + columns[None, :]).flatten()
     return grid.flatten()[diagonal.argsort(stable=True)]
 
@@ -60,14 +60,14 @@ def _hilbert_curve(width: int, height: int) -> np.ndarray:
 
 def _hilbert(grid: Tensor) -> Tensor:
     """Along the columns of the grid: starts at its top left corner, ends at its top right one."""
-    column, row = torch.from_numpy(_hilbert_curve(grid.shape[1], grid.shape[0])).unbind(1)
-    return grid[row, column]
+    curve = torch.from_numpy(_hilbert_curve(grid.shape[1], grid.shape[0])).to(grid.device)
+    return grid[curve[:, 1], curve[:, 0]]
 
 
 def _windows(grid: Tensor, window: tuple[int, int]) -> Tensor:
     """Window by window, row by row inside; those at the lower and right border may be smaller."""
     high, wide = window
-    rows, columns = (torch.arange(n) for n in grid.shape)
+    rows, columns = (torch.arange(n, device=grid.device) for n in grid.shape)
     per_row = -(-grid.shape[1] // wide)
     number = (rows // high)[:, None] * per_row + (columns // wide)[None, :]
     return grid.flatten()[number.flatten().argsort(stable=True)]
@@ -133,7 +133,7 @@ def grid_paths(
         raise ValueError(f"kind must be one of {', '.join([*_KINDS, 'window'])}, got {kind!r}")
     if (window is not None) != (kind == "window"):
         raise ValueError(f"window must be given for kind 'window' alone, got {window} for {kind!r}")
-    grid = torch.arange(height * width, device="cpu").view(height, width)
+    grid = torch.arange(height * width, device=device).view(height, width)
     if window is None:
         paths = _KINDS[kind](grid)
     else:
@@ -141,4 +141,4 @@ def grid_paths(
         if min(high, wide) < 1:
             raise ValueError(f"window must be at least 1, got {window}")
         paths = _both_ways(_windows(grid, (high, wide)))
-    return paths.to(device or torch.get_default_device(), torch.int32)
+    return paths.to(torch.int32)
