@@ -1,7 +1,18 @@
 """Orders in which published models scan a grid of tokens, as paths for `path_selective_scan`.
 
 Tokens are numbered row by row: row r, column c of an (H, W) grid is token r W + c. Every order
-holds for any H and W, also where a paper only has squares or powers of two.
+holds for any H and W, also where a paper only has squares or powers of two. Numbers are arXiv's.
+
+    kind          K   directions (as in)
+    raster        1   row by row
+    bidirectional 2   rows; reversed (Vim 2401.09417)
+    cross         4   rows; columns; both reversed (VMamba 2401.10166, SS2D)
+    rotations     4   rows of the grid turned by 0, 90, 180, 270 degrees (VMamba's code, v052d3)
+    serpentine    4   as cross, every second line backwards (PlainMamba 2403.17695)
+    zigzag        8   serpentine rows, then columns, from each corner (ZigMa 2403.13802)
+    diagonal      4   diagonals; antidiagonals; both reversed (RS-Mamba 2404.02668, with cross)
+    hilbert       4   curve to the right, curve to the bottom; both reversed (2405.14480)
+    window        2   windows row by row, so inside; reversed (LocalMamba 2403.09338)
 
 Letters: H rows, W columns, L = H W tokens, K directions.
 """
@@ -95,26 +106,15 @@ def grid_paths(
 ) -> Tensor:
     """Orders of the tokens of a grid, one a direction, for `path_selective_scan`.
 
-    | kind | K | directions | as in |
-    |---|---|---|---|
-    | raster | 1 | row by row | |
-    | bidirectional | 2 | rows; reversed | Vim, arXiv 2401.09417 |
-    | cross | 4 | rows; columns; both reversed | VMamba, arXiv 2401.10166 (SS2D, in its order) |
-    | rotations | 4 | rows of the grid turned by 0, 90, 180, 270 degrees | VMamba's code (v052d3) |
-    | serpentine | 4 | as cross, every second line backwards | PlainMamba, arXiv 2403.17695 |
-    | zigzag | 8 | serpentine rows, then columns, from each corner | ZigMa, arXiv 2403.13802 |
-    | diagonal | 4 | diagonals; antidiagonals; both reversed | RS-Mamba, arXiv 2404.02668 |
-    | hilbert | 4 | curve along the rows' ends; transposed; both reversed | arXiv 2405.14480 |
-    | window | 2 | windows row by row, so inside; reversed | LocalMamba, arXiv 2403.09338 |
-
-    Rows of several results are combined by `torch.cat`. Make the tensor once and keep it: its
-    values are checked when it is first used. Windows at the border are smaller where `window`
-    does not divide the grid; LocalMamba pads with zeros instead, which its scan then reads.
+    Several kinds are combined by `torch.cat`. Make the tensor once and keep it: its values are
+    checked when it is first used. Windows at the border are smaller where `window` does not
+    divide the grid; LocalMamba pads with zeros instead, which its scan then reads.
 
     Args:
         height: Rows of the grid.
         width: Columns of the grid.
-        kind: One of the table.
+        kind: "cross" (VMamba's SS2D), "raster", "bidirectional", "rotations", "serpentine",
+            "zigzag", "diagonal", "hilbert" or "window"; directions and papers: `core/README.md`.
         window: Rows and columns of a window, or one number for both; only for "window".
         device: Where the result lies.
 
@@ -124,7 +124,8 @@ def grid_paths(
     Raises:
         ValueError: a size is not positive, or kind or window is none of the above.
 
-    Source: the papers above; Hilbert curves of any rectangle after github.com/jakubcerveny/gilbert.
+    Source: Liu et al. 2024, arXiv 2401.10166, section 4.2, and those of `core/README.md`; Hilbert
+    curves of any rectangle: github.com/jakubcerveny/gilbert.
     """
     for name, size in (("height", height), ("width", width)):
         if size < 1:
