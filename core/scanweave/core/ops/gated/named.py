@@ -27,6 +27,10 @@ def ssd(*args: Any, return_final_state: Literal[False] = False, **kwargs: Any) -
 def ssd(*args: Any, return_final_state: Literal[True], **kwargs: Any) -> tuple[Tensor, Tensor]: ...
 
 
+@overload
+def ssd(*args: Any, return_final_state: bool, **kwargs: Any) -> Tensor | tuple[Tensor, Tensor]: ...
+
+
 def ssd(
     x: Tensor,
     dt: Tensor,
