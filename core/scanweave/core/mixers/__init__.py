@@ -11,7 +11,9 @@ from .base import (
     register_mixer,
 )
 from .gated_cnn import BidirectionalGatedCNN, GatedCNN
+from .hydra import Hydra
 from .mamba import BiMamba, Mamba
+from .mamba2 import Mamba2
 
 __all__ = [
     "Attention",
@@ -19,7 +21,9 @@ __all__ = [
     "BidirectionalAttention",
     "BidirectionalGatedCNN",
     "GatedCNN",
+    "Hydra",
     "Mamba",
+    "Mamba2",
     "Mixer",
     "MixerInfo",
     "State",
