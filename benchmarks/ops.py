@@ -3,13 +3,10 @@
 Letters: B batch, L length, D channels, N state, W taps, T = B L tokens.
 """
 
-import copy
-import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from scanweave.core import (
     bidirectional_selective_scan,
@@ -21,98 +18,20 @@ from scanweave.core import (
 from scanweave.core.ops.conv import causal_conv1d_ref
 
 from .floor import Work
+from .inputs import BACK, WEIGHTS, Draw, Inputs, Op, direction
+from .paths import PATH_SCAN
+from .primitives import LINEAR_SCAN, NORM
 from .reference import Exact, scan_gradients, scan_step
 from .shapes import Shape
-
-# in float32 (or float64) whatever the dtype of the activations, as in a Mamba block
-WEIGHTS = ("A", "D", "dt_bias", "weight", "bias")
-# ending of the names of the reverse direction's tensors
-BACK = "_r"
-
-
-@dataclass
-class Inputs:
-    """Tensors by the op's argument names; the reverse direction's end in `_r`."""
-
-    shape: Shape
-    tensors: dict[str, Tensor]
-    cu_seqlens: Tensor | None = None
-    state: Tensor | None = None  # (B, D, N) that a step updates in place
-    module: nn.Module | None = None
-
-    def double(self) -> "Inputs":
-        """The same values in float64."""
-        if self.module is not None:
-            module = copy.deepcopy(self.module).double()
-            tensors = {"x": self.tensors["x"].detach().double().requires_grad_()}
-            tensors |= dict(module.named_parameters())
-            return Inputs(self.shape, tensors, module=module)
-        tensors = {k: v.detach().double().requires_grad_() for k, v in self.tensors.items()}
-        state = None if self.state is None else self.state.double()
-        return Inputs(self.shape, tensors, self.cu_seqlens, state)
-
-
-@dataclass(frozen=True)
-class Op:
-    """One row of the registry.
-
-    Attributes:
-        name: What the command line takes.
-        make: Random inputs of a shape, with gradients where the op has them.
-        run: The op, as a user calls it.
-        exact: Output and every gradient in float64, from float64 inputs and the output's gradient.
-        work: Least bytes and exponentials, forward and backward; None for whole blocks, which are
-            mostly matrix products.
-        backward: Whether the op has gradients.
-    """
-
-    name: str
-    make: Callable[[Shape, torch.dtype, torch.device], Inputs]
-    run: Callable[[Inputs], Tensor]
-    exact: Callable[[Inputs, Tensor], Exact]
-    work: Callable[[Shape, torch.dtype], tuple[Work, Work]] | None
-    backward: bool = True
-    directions: int = field(default=1)
-
-
-class _Draw:
-    """Random leaves of one dtype on one device, the same values everywhere."""
-
-    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
-        self.dtype, self.device = dtype, device
-        # drawing on the device: the largest shape has 300 million elements a tensor
-        self.rng = None if device.type == "meta" else torch.Generator(device).manual_seed(0)
-
-    def __call__(self, *size: int, dtype: torch.dtype | None = None) -> Tensor:
-        return torch.randn(*size, generator=self.rng, device=self.device, dtype=dtype or self.dtype)
-
-
-def _direction(draw: _Draw, shape: Shape, suffix: str) -> dict[str, Tensor]:
-    """One direction's inputs, distributed as in a freshly initialised Mamba block."""
-    tokens = (shape.batch, shape.length)
-    # steps log-uniform in [0.001, 0.1], through the inverse of softplus
-    uniform = torch.rand(shape.dim, generator=draw.rng, device=draw.device)
-    step = torch.exp(math.log(1e-3) + uniform * math.log(100.0))
-    rates = torch.arange(1, shape.state + 1, device=draw.device, dtype=torch.float32)
-    tensors = {
-        "x": draw(*tokens, shape.dim),
-        "dt": draw(*tokens, shape.dim),
-        "A": -rates.repeat(shape.dim, 1),
-        "B": draw(*tokens, shape.state),
-        "C": draw(*tokens, shape.state),
-        "D": draw(shape.dim, dtype=torch.float32),
-        "dt_bias": step + torch.log(-torch.expm1(-step)),
-    }
-    return {name + suffix: v for name, v in tensors.items()}
 
 
 def _scan_inputs(
     shape: Shape, dtype: torch.dtype, device: torch.device, suffixes: tuple[str, ...]
 ) -> Inputs:
-    draw = _Draw(dtype, device)
+    draw = Draw(dtype, device)
     tensors: dict[str, Tensor] = {}
     for suffix in suffixes:
-        tensors |= _direction(draw, shape, suffix)
+        tensors |= direction(draw, shape, suffix)
     if shape.gate:
         tensors["z"] = draw(shape.batch, shape.length, shape.dim)
     cu_seqlens = None
@@ -181,7 +100,7 @@ def _scan_work(directions: int) -> Callable[[Shape, torch.dtype], tuple[Work, Wo
 
 
 def _make_conv(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
-    draw = _Draw(dtype, device)
+    draw = Draw(dtype, device)
     tensors = {
         "x": draw(shape.batch, shape.length, shape.dim),
         "weight": draw(shape.dim, shape.width, dtype=torch.float32),
@@ -217,8 +136,8 @@ def _conv_work(shape: Shape, dtype: torch.dtype) -> tuple[Work, Work]:
 
 
 def _make_step(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
-    draw = _Draw(dtype, device)
-    tensors = _direction(draw, shape, "") | {"z": draw(shape.batch, 1, shape.dim)}
+    draw = Draw(dtype, device)
+    tensors = direction(draw, shape, "") | {"z": draw(shape.batch, 1, shape.dim)}
     tensors = {k: v if k in WEIGHTS else v.squeeze(1) for k, v in tensors.items()}
     state = draw(shape.batch, shape.dim, shape.state, dtype=torch.float32)
     return Inputs(shape, tensors, state=state)
@@ -246,7 +165,7 @@ def _step_work(shape: Shape, dtype: torch.dtype) -> tuple[Work, Work]:
 def _make_mixer(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
     torch.manual_seed(0)
     module = create_mixer(shape.mixer, shape.dim, device=device, dtype=dtype)
-    x = _Draw(dtype, device)(shape.batch, shape.length, shape.dim).requires_grad_()
+    x = Draw(dtype, device)(shape.batch, shape.length, shape.dim).requires_grad_()
     return Inputs(shape, {"x": x} | dict(module.named_parameters()), module=module)
 
 
@@ -271,12 +190,15 @@ OPS: dict[str, Op] = {
             *(_make_pair, _run_pair, _exact_pair, _scan_work(2)),
             directions=2,
         ),
+        PATH_SCAN,
         Op("causal_conv1d", _make_conv, _run_conv, _exact_conv, _conv_work),
         Op(
             "selective_scan_step",
             *(_make_step, _run_step, _exact_step, _step_work),
             backward=False,
         ),
+        LINEAR_SCAN,
+        NORM,
         Op("mixer", _make_mixer, _run_mixer, _exact_mixer, None),
     )
 }

@@ -7,7 +7,8 @@ the output, which are timed: models that use these scans do so.
 
     mamba_ssm          state-spaces/mamba: CUDA and Triton kernels, and the loops in PyTorch
     causal_conv1d      Dao-AILab/causal-conv1d: CUDA kernel
-    fla                fla-org/flash-linear-attention: Triton kernel
+    fla                fla-org/flash-linear-attention: Triton kernels
+    VMamba             MzeroMiko/VMamba: CUDA and Triton kernels, see `path_peers.py`
     transformers       huggingface/transformers: the path in PyTorch
     mamba.py           alxndrTL/mamba.py: parallel scan in PyTorch
     torch              depthwise convolution of PyTorch
@@ -18,61 +19,23 @@ On a CPU our own path in PyTorch, which runs where there is no C compiler, is ti
 import importlib
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .ops import BACK, Inputs, Op
+from .inputs import BACK, Inputs, Op
+from .path_peers import gated_norm, hgrn, vmamba
+from .prepared import Layout, Peer, Prepared, Skip, attribute, need_cuda
 from .shapes import Shape
 
 # B L D N elements up to which states of all steps are kept: 2 GB in float32
 _MOST_STATES = 1 << 29
 # autograd of a loop that slices a (B, D, L, N) tensor fills one such tensor with zeros a step
 _MOST_SLICED = {"cpu": 2e9, "cuda": 1e11}
-
-
-class Skip(Exception):
-    """Why a peer does not run here, in a few words; none where there is nothing to compare."""
-
-
-@dataclass
-class Prepared:
-    """An implementation bound to inputs in its own layout.
-
-    Attributes:
-        call: Runs it and returns the output.
-        leaves: Its inputs by our names, empty where it has no gradients.
-        to: Turns a gradient of our output into its layout.
-        back: Turns its output, or the gradient of the named input, into our layout.
-        state: What a step updates.
-        context: What it runs in, its backward included.
-    """
-
-    call: Callable[[], Tensor]
-    leaves: dict[str, Tensor]
-    to: Callable[[Tensor], Tensor] = lambda v: v
-    back: Callable[[Tensor, str], Tensor] = lambda v, name: v
-    state: Tensor | None = None
-    context: Callable[[], AbstractContextManager[None]] = nullcontext
-
-
-@dataclass(frozen=True)
-class Peer:
-    """One other implementation of an op.
-
-    Attributes:
-        name: What tables show.
-        package: Whose version tables show.
-        prepare: Binds it to inputs; raises ImportError or `Skip`.
-    """
-
-    name: str
-    package: str
-    prepare: Callable[[Op, Inputs], Prepared]
 
 
 def ours(op: Op, inputs: Inputs) -> Prepared:
@@ -85,7 +48,7 @@ def ours(op: Op, inputs: Inputs) -> Prepared:
 
 def _portable(op: Op, inputs: Inputs) -> Prepared:
     """Our op without its compiled library."""
-    takes = _attribute("scanweave.core.ops.selective.compiled", "takes")
+    takes = attribute("scanweave.core.ops.selective.compiled", "takes")
     x = inputs.tensors["x"]
     if x.is_cuda or not takes([x]):
         raise Skip
@@ -100,50 +63,6 @@ def _portable(op: Op, inputs: Inputs) -> Prepared:
             module.takes = takes  # type: ignore[attr-defined]
 
     return Prepared(lambda: op.run(inputs), inputs.tensors, context=without_library)
-
-
-def _attribute(module: str, name: str) -> Any:
-    """Import lazily, so that absent peers cost nothing."""
-    try:
-        found = importlib.import_module(module)
-    except ImportError as error:
-        top = module.partition(".")[0]
-        absent = isinstance(error, ModuleNotFoundError) and error.name == top
-        raise Skip("not installed" if absent else f"import fails: {error}") from error
-    if not hasattr(found, name):
-        raise Skip(f"{module} has no {name}")
-    return getattr(found, name)
-
-
-def _need_cuda(inputs: Inputs) -> None:
-    if not inputs.tensors["x"].is_cuda:
-        raise Skip("needs CUDA")
-
-
-class _Layout:
-    """(B, L, C), packed or not, to a padded batch, channel-first if asked; and back."""
-
-    def __init__(self, inputs: Inputs, channel_first: bool) -> None:
-        self.channel_first = channel_first
-        self.place: Tensor | None = None
-        if inputs.cu_seqlens is not None:
-            ends = inputs.cu_seqlens.long()
-            lengths = ends.diff()
-            self.rows, self.longest = lengths.numel(), int(lengths.max())
-            row = torch.repeat_interleave(torch.arange(self.rows, device=ends.device), lengths)
-            token = torch.arange(int(ends[-1]), device=ends.device)
-            self.place = row * self.longest + token - ends[row]
-
-    def to(self, v: Tensor) -> Tensor:
-        if self.place is not None:
-            # zeros after a sequence: x = 0 leaves a state at zero, and dout = 0 its gradient
-            padded = v.new_zeros(self.rows * self.longest, v.shape[-1])
-            v = padded.index_copy_(0, self.place, v[0]).unflatten(0, (self.rows, self.longest))
-        return v.transpose(1, 2).contiguous() if self.channel_first else v
-
-    def back(self, v: Tensor) -> Tensor:
-        v = v.transpose(1, 2) if self.channel_first else v
-        return v if self.place is None else v.flatten(0, 1)[self.place].unsqueeze(0)
 
 
 def _check_size(shape: Shape, device: str, sliced: bool) -> None:
@@ -174,12 +93,12 @@ def _scan(
 
     def prepare(op: Op, inputs: Inputs) -> Prepared:
         if cuda:
-            _need_cuda(inputs)
+            need_cuda(inputs)
         scan = load()
         device = inputs.tensors["x"].device.type
         if keeps_states:
             _check_size(inputs.shape, device, sliced)
-        layout = _Layout(inputs, channel_first)
+        layout = Layout(inputs, channel_first)
         time = 2 if channel_first else 1
         leaves = {}
         for name, v in inputs.tensors.items():
@@ -210,21 +129,21 @@ def _scan(
 
 def _mamba_ssm(name: str) -> Callable[[], Scan]:
     def load() -> Scan:
-        function = _attribute("mamba_ssm.ops.selective_scan_interface", name)
+        function = attribute("mamba_ssm.ops.selective_scan_interface", name)
         return lambda *arguments: function(*arguments, delta_softplus=True)
 
     return load
 
 
 def _transformers() -> Scan:
-    function = _attribute("transformers.models.mamba.modeling_mamba", "mamba_selective_scan")
+    function = attribute("transformers.models.mamba.modeling_mamba", "mamba_selective_scan")
     # what it wraps is the path in PyTorch, whichever kernels are installed
     function = inspect.unwrap(function)
     return lambda *arguments: function(*arguments, delta_softplus=True)
 
 
 def _mamba_py() -> Scan:
-    block = _attribute("mambapy.mamba", "MambaBlock")
+    block = attribute("mambapy.mamba", "MambaBlock")
 
     def run(
         x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Any, dt_bias: Tensor
@@ -239,7 +158,7 @@ def _mamba_py() -> Scan:
 def _conv_leaves(
     op: Op, inputs: Inputs, channel_first: bool
 ) -> tuple[dict[str, Tensor], Callable[[Tensor], Tensor], Callable[[Tensor, str], Tensor]]:
-    layout = _Layout(inputs, channel_first)
+    layout = Layout(inputs, channel_first)
     x = layout.to(inputs.tensors["x"].detach())
     # these want one dtype
     leaves = {"x": x} | {k: inputs.tensors[k].detach().to(x.dtype) for k in ("weight", "bias")}
@@ -248,8 +167,8 @@ def _conv_leaves(
 
 
 def _causal_conv1d(op: Op, inputs: Inputs) -> Prepared:
-    _need_cuda(inputs)
-    function = _attribute("causal_conv1d", "causal_conv1d_fn")
+    need_cuda(inputs)
+    function = attribute("causal_conv1d", "causal_conv1d_fn")
     t, to, back = _conv_leaves(op, inputs, True)
     return Prepared(
         lambda: function(t["x"], t["weight"], t["bias"], activation="silu"), t, to, back
@@ -257,8 +176,8 @@ def _causal_conv1d(op: Op, inputs: Inputs) -> Prepared:
 
 
 def _fla_conv(op: Op, inputs: Inputs) -> Prepared:
-    _need_cuda(inputs)
-    function = _attribute("fla.modules.convolution", "causal_conv1d")
+    need_cuda(inputs)
+    function = attribute("fla.modules.convolution", "causal_conv1d")
     t, to, back = _conv_leaves(op, inputs, False)
     run = lambda: function(t["x"], t["weight"], t["bias"], activation="silu")[0]  # noqa: E731
     return Prepared(run, t, to, back)
@@ -278,8 +197,8 @@ def _torch_conv(op: Op, inputs: Inputs) -> Prepared:
 def _state_update(name: str, cuda: bool) -> Callable[[Op, Inputs], Prepared]:
     def prepare(op: Op, inputs: Inputs) -> Prepared:
         if cuda:
-            _need_cuda(inputs)
-        function = _attribute("mamba_ssm.ops.triton.selective_state_update", name)
+            need_cuda(inputs)
+        function = attribute("mamba_ssm.ops.triton.selective_state_update", name)
         assert inputs.state is not None
         state, t = inputs.state.clone(), inputs.tensors
         return Prepared(lambda: function(state, **t, dt_softplus=True), {}, state=state)
@@ -302,8 +221,8 @@ def _same_weights(inputs: Inputs, module: torch.nn.Module) -> Prepared:
 def _mamba_ssm_block(op: Op, inputs: Inputs) -> Prepared:
     if inputs.shape.mixer != "mamba":
         raise Skip
-    _need_cuda(inputs)
-    block = _attribute("mamba_ssm.modules.mamba_simple", "Mamba")
+    need_cuda(inputs)
+    block = attribute("mamba_ssm.modules.mamba_simple", "Mamba")
     return _same_weights(inputs, block(inputs.shape.dim).to(inputs.tensors["x"].device))
 
 
@@ -311,8 +230,8 @@ def _transformers_block(op: Op, inputs: Inputs) -> Prepared:
     shape = inputs.shape
     if shape.mixer != "mamba":
         raise Skip
-    block = _attribute("transformers.models.mamba.modeling_mamba", "MambaMixer")
-    config = _attribute("transformers.models.mamba.configuration_mamba", "MambaConfig")
+    block = attribute("transformers.models.mamba.modeling_mamba", "MambaMixer")
+    config = attribute("transformers.models.mamba.configuration_mamba", "MambaConfig")
     inner = Shape(shape.name, shape.batch, shape.length, 2 * shape.dim, shape.state)
     _check_size(inner, inputs.tensors["x"].device.type, sliced=True)
     module = block(config(hidden_size=shape.dim, num_hidden_layers=1), layer_idx=0)
@@ -333,15 +252,18 @@ _SCANS = (
 PEERS: dict[str, tuple[Peer, ...]] = {
     "selective_scan": _SCANS,
     "bidirectional_selective_scan": _SCANS,
+    "path_selective_scan": (Peer("VMamba", "selective_scan", vmamba),),
     "causal_conv1d": (
         Peer("causal_conv1d", "causal_conv1d", _causal_conv1d),
-        Peer("fla", "fla", _fla_conv),
+        Peer("fla", "fla_core", _fla_conv),
         Peer("torch", "torch", _torch_conv),
     ),
     "selective_scan_step": (
         Peer("mamba_ssm", "mamba_ssm", _state_update("selective_state_update", True)),
         Peer("mamba_ssm loop", "mamba_ssm", _state_update("selective_state_update_ref", False)),
     ),
+    "linear_scan": (Peer("fla", "fla_core", hgrn),),
+    "rms_norm_gated": (Peer("mamba_ssm", "mamba_ssm", gated_norm),),
     "mixer": (
         Peer("mamba_ssm", "mamba_ssm", _mamba_ssm_block),
         Peer("transformers", "transformers", _transformers_block),

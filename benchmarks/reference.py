@@ -162,11 +162,11 @@ def scan_gradients(
     parts = []
     for start in range(0, batch, count):
         rows = slice(start, start + count)
-        cut = {k: v[rows] if v.ndim == 3 else v for k, v in tensors.items()}
+        cut = {k: v[rows] if v.ndim >= 3 else v for k, v in tensors.items()}
         parts.append(_rows(cut, dout[rows], cu_seqlens, suffixes))
     grads = {
         name: torch.cat([p.grads[name] for p in parts])
-        if grad.ndim == 3
+        if grad.ndim >= 3
         else torch.stack([p.grads[name] for p in parts]).sum(0)
         for name, grad in parts[0].grads.items()
     }

@@ -98,8 +98,9 @@ class Row:
 
     Times are microseconds; None where not measured, with the reason in `note`. `passes` is
     "forward" (without gradients) or "forward+backward". `cpu_us` is the time that all threads of
-    the process ran, on a CPU; `graph_us` a CUDA graph's replay. `error` is the largest relative
-    error of outputs and gradients in this run, compared with what `checked_by` names.
+    the process ran, on a CPU; `kernel_us` the sum of the kernels' own times and `graph_us` a CUDA
+    graph's replay, on a GPU. `gb_s` and `floor_fraction` are of `time_us`. `error` is the largest
+    relative error of outputs and gradients in this run, compared with what `checked_by` names.
     """
 
     op: str
@@ -117,6 +118,7 @@ class Row:
     p80_us: float | None = None
     samples: int = 0
     cpu_us: float | None = None
+    kernel_us: float | None = None
     graph_us: float | None = None
     peak_mb: float | None = None
     gb_s: float | None = None
@@ -125,6 +127,11 @@ class Row:
     error: float | None = None
     checked_by: str = ""
     note: str = ""
+
+    @property
+    def time_us(self) -> float | None:
+        """Without launches where that is known."""
+        return self.median_us if self.kernel_us is None else self.kernel_us
 
 
 @dataclass(frozen=True)
@@ -204,9 +211,12 @@ def _pair(rows: Mapping[str, Row], field: str, scale: float = 1.0) -> str:
     return " / ".join(shown) if set(shown) != {"-"} else "-"
 
 
-def _ratio(row: Row, base: Row | None) -> float | None:
+def ratio(row: Row, base: Row | None) -> float | None:
+    """How many times as long as `base` it takes; by the kernels' times if both have them."""
     if base is None or row.median_us is None or base.median_us is None:
         return None
+    if row.kernel_us is not None and base.kernel_us is not None:
+        return row.kernel_us / base.kernel_us
     return row.median_us / base.median_us
 
 
@@ -236,7 +246,9 @@ def table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     """
     header = ["shape", "implementation", "us", "spread %", "/ ours"]
     on_cpu = any(row.cpu_us for row in rows)
-    header += ["cpu us" if on_cpu else "graph us", "peak MB", "GB/s", "% of floor", "error"]
+    times = ["cpu_us"] if on_cpu else ["kernel_us", "graph_us"]
+    header += [name.replace("_", " ") for name in times]
+    header += ["peak MB", "GB/s", "% of floor", "error"]
     groups: dict[tuple[str, str, str], dict[str, Row]] = {}
     for row in rows:
         if row.median_us is not None:
@@ -247,7 +259,7 @@ def table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     for (shape, dtype, name), found in groups.items():
         base = bases.setdefault((shape, dtype), found)
         size = next(iter(found.values()))
-        ratios = [_number(_ratio(row, base.get(p))) for p, row in found.items()]
+        ratios = [_number(ratio(row, base.get(p))) for p, row in found.items()]
         lines.append(
             [
                 f"{shape} ({size.batch},{size.length},{size.dim},{size.state}) {dtype}",
@@ -255,7 +267,7 @@ def table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
                 _pair(found, "median_us"),
                 _spread(found),
                 "1" if found is base else " / ".join(ratios),
-                _pair(found, "cpu_us" if on_cpu else "graph_us"),
+                *(_pair(found, name) for name in times),
                 _pair(found, "peak_mb"),
                 _pair(found, "gb_s"),
                 _pair(found, "floor_fraction", 100),

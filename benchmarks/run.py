@@ -32,7 +32,7 @@ from .report import (
     write_csv,
 )
 from .shapes import Shape, shapes_of
-from .timing import graph_time, measure, peak_memory
+from .timing import graph_time, kernel_time, measure, peak_memory
 
 FORWARD, BOTH = "forward", "forward+backward"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -56,6 +56,29 @@ def _passes(op: Op, prepared: Prepared, dout: Tensor) -> dict[str, Callable[[], 
         gradient = prepared.to(dout)
         passes[BOTH] = both
     return passes
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _without_launches(
+    call: Callable[[], object], device: torch.device, small: bool, about: float
+) -> tuple[float | None, float | None, str]:
+    """Kernels' time and a graph's replay on a GPU, and what could not be measured."""
+    wanted: dict[str, Callable[[], float]] = {}
+    if device.type == "cuda":
+        wanted["kernel time"] = lambda: kernel_time(call, device, about)
+        if small:
+            wanted["graph"] = lambda: graph_time(call, device)
+    found: dict[str, float] = {}
+    notes = []
+    for name, function in wanted.items():
+        try:
+            found[name] = function()
+        except RuntimeError as reason:
+            notes.append(f"no {name}: {_first_line(reason)}")
+    return found.get("kernel time"), found.get("graph"), "; ".join(notes)
 
 
 def measure_shape(
@@ -95,9 +118,9 @@ def measure_shape(
                 notes[peer.name] = f"skipped: {reason}"
         except CheckError as reason:
             notes[peer.name] = f"not timed: {reason}"
-        except RuntimeError as reason:
-            # foreign code on a platform that it may not know
-            notes[peer.name] = f"fails: {str(reason).splitlines()[0]}"
+        except Exception as reason:
+            # foreign code on a platform that it may not know raises anything
+            notes[peer.name] = f"fails: {_first_line(reason)}"
     by = reference.by
     del reference
     calls = {name: _passes(op, prepared, dout) for name, prepared in found.items()}
@@ -112,23 +135,19 @@ def measure_shape(
         times = measure({name: calls[name][passes] for name in calls}, device, toy)
         for name, time in times.items():
             call = calls[name][passes]
-            graph, note = None, ""
-            if device.type == "cuda" and shape.small:
-                try:
-                    graph = graph_time(call, device)
-                except RuntimeError as reason:
-                    note = f"no graph: {str(reason).splitlines()[0]}"
+            kernel, graph, note = _without_launches(call, device, shape.small, time.median)
+            best = time.median if kernel is None else kernel
             needed = () if work is None else work[: 1 + (passes == BOTH)]
             moved = sum(needed, Work(0, 0)).bytes
             floor = rates.floor_us(*needed) if needed else None
             measured.append(
                 Row(
                     *(*shared, kind, passes, name, versions[name]),
-                    *(time.median, time.p20, time.p80, time.samples, time.cpu, graph),
+                    *(time.median, time.p20, time.p80, time.samples, time.cpu, kernel, graph),
                     peak_mb=peak_memory(call, device),
-                    gb_s=moved / time.median / 1e3 if needed else None,
+                    gb_s=moved / best / 1e3 if needed else None,
                     floor_us=floor,
-                    floor_fraction=None if floor is None else floor / time.median,
+                    floor_fraction=None if floor is None else floor / best,
                     error=error[name],
                     checked_by=by,
                     note=note,

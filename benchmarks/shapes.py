@@ -21,6 +21,7 @@ class Shape:
         gate: Whether there is a z.
         packed: Shortest and longest sequence of a packed row; (0, 0) is a dense batch.
         width: Taps of the convolution.
+        grid: Rows and columns of a grid of tokens, L in all; (0, 0) where there is none.
         mixer: Name in the registry of mixers, for the op `mixer`.
         small: So little work that launches take most of the time: replayed as a graph as well.
     """
@@ -33,6 +34,7 @@ class Shape:
     gate: bool = True
     packed: tuple[int, int] = (0, 0)
     width: int = 4
+    grid: tuple[int, int] = (0, 0)
     mixer: str = ""
     small: bool = False
 
@@ -43,10 +45,12 @@ class Shape:
 
     def toy(self) -> "Shape":
         """The same kind of problem, small enough to run everywhere in no time."""
+        length = 30 if self.is_packed else min(self.length, 11)
         return replace(
             self,
             batch=min(self.batch, 2),
-            length=30 if self.is_packed else min(self.length, 11),
+            length=12 if self.grid[0] else length,
+            grid=(3, 4) if self.grid[0] else (0, 0),
             dim=8,
             state=min(self.state, 4),
             packed=(2, 12) if self.is_packed else (0, 0),
@@ -74,7 +78,15 @@ SS2D = (
     Shape("ss2d_56", 512, 3136, 192, state=1, gate=False),
     Shape("ss2d_14", 512, 196, 768, state=1, gate=False),
 )
-STEPS = tuple(Shape(f"step_b{batch}", batch, 1, 256, small=True) for batch in (1, 64, 4096))
+# feature maps of a vision model at 224 pixels: its first stage and its third
+GRIDS = (
+    Shape("ss2d_56", 128, 3136, 192, state=1, gate=False, grid=(56, 56)),
+    Shape("ss2d_14", 128, 196, 768, state=1, gate=False, grid=(14, 14)),
+)
+GRID_CPU = Shape("ss2d_28_b2", 2, 784, 192, state=1, gate=False, grid=(28, 28))
+STEPS = tuple(
+    Shape(f"step_b{batch}", batch, 1, 256, small=True) for batch in (1, 16, 64, 256, 1024, 4096)
+)
 
 
 def _blocks(base: Shape, *mixers: str) -> tuple[Shape, ...]:
@@ -84,7 +96,7 @@ def _blocks(base: Shape, *mixers: str) -> tuple[Shape, ...]:
     )
 
 
-def _convolved(*shapes: Shape) -> tuple[Shape, ...]:
+def _stateless(*shapes: Shape) -> tuple[Shape, ...]:
     return tuple(replace(shape, state=0) for shape in shapes)
 
 
@@ -98,11 +110,14 @@ SHAPES: dict[str, dict[str, tuple[Shape, ...]]] = {
         "cuda": (VIM, GRAPH),
         "cpu": (VIM_CPU, GRAPH_CPU),
     },
+    "path_selective_scan": {"cuda": GRIDS, "cpu": (GRID_CPU,)},
     "causal_conv1d": {
-        "cuda": _convolved(VIM, LM, GRAPH, RL),
-        "cpu": _convolved(VIM_CPU, LM_CPU, RL, GRAPH_CPU),
+        "cuda": _stateless(VIM, LM, GRAPH, RL),
+        "cpu": _stateless(VIM_CPU, LM_CPU, RL, GRAPH_CPU),
     },
-    "selective_scan_step": {"cuda": STEPS, "cpu": STEPS[:2]},
+    "selective_scan_step": {"cuda": STEPS, "cpu": STEPS[:3:2]},
+    "linear_scan": {"cuda": _stateless(LM, GRAPH), "cpu": _stateless(LM_CPU)},
+    "rms_norm_gated": {"cuda": _stateless(LM), "cpu": _stateless(LM_CPU)},
     "mixer": {
         "cuda": (
             *_blocks(

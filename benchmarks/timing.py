@@ -3,19 +3,20 @@
 All calls of a shape are timed in turn, round after round, so that what else the machine does hits
 all of them alike. On a CPU the time that the process itself ran, in all its threads, is kept beside
 the clock's: on a shared machine it is the one that repeats. On a GPU the second-level cache is
-overwritten before every call, and a graph replay gives the time without launches (there the cache
-stays warm).
+overwritten before every call. The sum of the kernels' own times, which a profiler reports, leaves
+out launches and gaps; a graph replay also leaves launches out (there the cache stays warm).
 """
 
 import ctypes
 import ctypes.util
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 Call = Callable[[], object]
 
@@ -27,6 +28,11 @@ _LONG, _LONG_SAMPLES = 1e6, 3
 _TOY_SAMPLES = 2
 # larger than the second-level cache of any GPU so far
 _FLUSH_BYTES = 1 << 28
+# no op that is measured uses it, so its kernel marks where a call starts
+_MARK = "BitwiseXor"
+_PROFILED = 10
+# a tenth of a second: few calls, and their spread is small
+_SLOW, _PROFILED_SLOW = 1e5, 3
 
 
 @dataclass(frozen=True)
@@ -65,12 +71,16 @@ def _cpu_time(call: Call) -> _Sample:
 
 class _Gpu:
     def __init__(self, device: torch.device) -> None:
-        self.flush = torch.empty(_FLUSH_BYTES // 4, dtype=torch.int32, device=device)
+        self.flush = torch.zeros(_FLUSH_BYTES // 4, dtype=torch.int32, device=device)
+
+    def overwrite(self) -> None:
+        """Leave nothing of the inputs in the caches."""
+        self.flush.bitwise_xor_(1)
 
     def time(self, call: Call) -> _Sample:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         # also gives the host time to queue the call, so that launches are not waited for
-        self.flush.zero_()
+        self.overwrite()
         start.record()
         call()
         end.record()
@@ -109,6 +119,58 @@ def measure(
             if round_ < counts[name]:
                 samples[name].append(once(call))
     return {name: _quantiles(found) for name, found in samples.items()}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What ran on a GPU, from `start` for `time` microseconds."""
+
+    name: str
+    start: float
+    time: float
+
+
+def split_calls(kernels: Sequence[Kernel]) -> list[float]:
+    """Sum of the kernels' times of every call; a marking kernel runs before each."""
+    sums: list[float] = []
+    for kernel in sorted(kernels, key=lambda k: k.start):
+        if _MARK in kernel.name:
+            sums.append(0.0)
+        elif sums:
+            sums[-1] += kernel.time
+    return sums
+
+
+def kernel_time(call: Call, device: torch.device, about: float) -> float:
+    """Median over calls of the sum of their kernels' times, in microseconds.
+
+    Copies and fills count, launches and gaps between kernels do not.
+
+    Args:
+        call: What to profile, warmed up.
+        device: Where it runs.
+        about: Microseconds that it takes, more or less.
+
+    Raises:
+        RuntimeError: the profiler saw no kernel, as where its library is missing.
+    """
+    gpu = _Gpu(device)
+    calls = _PROFILED if about < _SLOW else _PROFILED_SLOW
+    torch.cuda.synchronize(device)
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        for _ in range(calls):
+            gpu.overwrite()
+            call()
+        torch.cuda.synchronize(device)
+    kernels = [
+        Kernel(event.name, event.time_range.start, event.time_range.elapsed_us())
+        for event in profiler.events() or []
+        if event.device_type.name == "CUDA"
+    ]
+    sums = split_calls(kernels)
+    if len(sums) != calls or not all(sums):
+        raise RuntimeError(f"the profiler saw {len(kernels)} kernels in {len(sums)} calls")
+    return statistics.median(sums)
 
 
 def graph_time(call: Call, device: torch.device, replays: int = 50) -> float:

@@ -185,9 +185,11 @@ def test_a_wrong_peer_is_named_and_not_timed(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize("packed", [False, True])
 def test_peers_give_our_results(op: Op, packed: bool):
     """Layouts, flips and padding of peers do not change what is computed."""
-    if packed and op.name in ("selective_scan_step", "mixer"):
+    if packed and (
+        op.name in ("selective_scan_step", "rms_norm_gated", "mixer") or "path" in op.name
+    ):
         pytest.skip("no packed shapes")
-    shape = Shape("s", 2, 9, 4, state=3, mixer="mamba" if op.name == "mixer" else "")
+    shape = Shape("s", 2, 9, 4, state=3, grid=(3, 3), mixer="mamba" if op.name == "mixer" else "")
     if packed:
         shape = dataclasses.replace(shape, batch=1, length=21, packed=(2, 9))
     if op.name == "selective_scan_step":
