@@ -65,9 +65,8 @@ def _only_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def plan(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles are wide on a GPU that has enough programs, and narrow on one that starves."""
-    monkeypatch.setattr(
-        kernels, "_processors", lambda _: {"wide": 0, "narrow": 10**6}[request.param]
-    )
+    few = {"wide": 0, "narrow": 10**6}[request.param]
+    monkeypatch.setattr(kernels, "processors", lambda _: few)
 
 
 PLANS = pytest.mark.parametrize("plan", ["narrow", "wide"], indirect=True)

@@ -13,29 +13,15 @@ Letters: S sequences, T tokens, D channels, G groups, N state. Equations:
 # pyright: reportAttributeAccessIssue=false, reportAssignmentType=false
 # ruff: noqa: RUF005
 
-from collections.abc import Sequence
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from ..launch import LN_2, LOG2_E, adjacent, on_device, sigmoid
-from .kernels import (
-    CHUNK,
-    Direction,
-    backward_plan,
-    load_row,
-    prepare,
-    sequence_of,
-    softplus,
-    strides_and_flags,
-)
-from .portable import ScanGradients
+from ..launch import LN_2, LOG2_E, sigmoid
+from .kernels import load_row, softplus, span_of, token_at
 
 
 @triton.jit
-def _backward_kernel(
+def backward_kernel(
     x_ptr,
     dt_ptr,
     A_ptr,  # (D, N)
@@ -45,18 +31,19 @@ def _backward_kernel(
     bias_ptr,
     z_ptr,
     cu_ptr,
+    path_ptr,  # (K, tokens)
     y_ptr,  # (B, L, D): the sum of directions before the gate
     dout_ptr,
-    dh_ptr,  # (S, D, N): gradient of the final state
+    dh_ptr,  # (S, D, N): gradient of the final state, or with SPLIT (slots, N, D)
     keep_ptr,  # (chunks, N, D)
-    scratch_ptr,  # (S, programs, chunk / WINDOW, BLOCK_D, BLOCK_N)
+    scratch_ptr,  # (slots, programs, chunk / WINDOW, BLOCK_D, BLOCK_N)
     dx_ptr,
     ddt_ptr,
-    dA_ptr,  # (S, D, N)
+    dA_ptr,  # (slots, D, N)
     dB_ptr,  # (B, L, programs, N)
     dC_ptr,  # (B, L, programs, N)
-    dD_ptr,  # (S, D)
-    dbias_ptr,  # (S, D)
+    dD_ptr,  # (slots, D)
+    dbias_ptr,  # (slots, D)
     dz_ptr,
     dh0_ptr,  # (S, D, N)
     length,
@@ -64,7 +51,10 @@ def _backward_kernel(
     dim,
     per_group,
     blocks,
+    groups_each,
     programs,
+    sequences,
+    span,
     chunk,
     stride_xb,
     stride_xl,
@@ -88,6 +78,8 @@ def _backward_kernel(
     HAS_DH: tl.constexpr,
     WRITE_DZ: tl.constexpr,
     PACKED: tl.constexpr,
+    SPLIT: tl.constexpr,
+    PATH: tl.constexpr,
     REVERSE: tl.constexpr,
     SOFTPLUS: tl.constexpr,
     EVEN_D: tl.constexpr,
@@ -95,19 +87,30 @@ def _backward_kernel(
     BLOCK_D: tl.constexpr,
     WINDOW: tl.constexpr,
 ):
-    pid_s = (tl.program_id(0) // programs).to(tl.int64)
+    """Run one span of one sequence backwards, for a block of channels."""
+    slot = (tl.program_id(0) // programs).to(tl.int64)
     pid_d = tl.program_id(0) % programs
-    pid_b, first, length, kept = sequence_of(pid_s, cu_ptr, length, chunk, PACKED)
+    pid_s, pid_b, first, total, begin, steps, kept = span_of(
+        tl.program_id(0) // programs, cu_ptr, length, sequences, span, chunk, PACKED, SPLIT
+    )
     group = pid_d // blocks
     offs_b = tl.arange(0, BLOCK_D)
     offs_g = (pid_d % blocks) * BLOCK_D + offs_b
     mask_d = offs_g < per_group
     offs_d = group * per_group + offs_g
+    offs_x = offs_d
+    if PATH:
+        # every direction has its own path and channels, and all share those of x and the output
+        direction = group // groups_each
+        offs_x -= direction * groups_each * per_group
+        path_ptr += direction.to(tl.int64) * tokens
     offs_n = tl.arange(0, BLOCK_N)
     mask_n = offs_n < STATE
     EVEN_N: tl.constexpr = BLOCK_N == STATE
     tile = offs_d[:, None] * STATE + offs_n[None, :]
     state = pid_s * dim * STATE + tile
+    partial = slot * dim * STATE + tile
+    across = offs_n[None, :] * dim + offs_d[:, None]
     mask = mask_d[:, None] & mask_n[None, :]
     A = tl.load(A_ptr + tile, mask=mask, other=0.0).to(tl.float32) * LOG2_E
     skip = tl.zeros([BLOCK_D], tl.float32)
@@ -117,32 +120,32 @@ def _backward_kernel(
     if HAS_BIAS:
         bias = load_row(bias_ptr + offs_d, mask_d, EVEN_D).to(tl.float32)
     carry = tl.zeros([BLOCK_D, BLOCK_N], tl.float32)
-    if HAS_DH:
+    if SPLIT:
+        carry = tl.load(dh_ptr + slot * dim * STATE + across, mask=mask, other=0.0)
+    elif HAS_DH:
         carry = tl.load(dh_ptr + state, mask=mask, other=0.0).to(tl.float32)
     dA = tl.zeros([BLOCK_D, BLOCK_N], tl.float32)
     dD = tl.zeros([BLOCK_D], tl.float32)
     dbias = tl.zeros([BLOCK_D], tl.float32)
-    ahead = -1 if REVERSE else 1
-    origin = first + length - 1 if REVERSE else first
-    # elements from one step to the next; within a chunk they fit 32 bits
-    next_x = stride_xl * ahead
-    next_dt = stride_dtl * ahead
-    next_B = stride_Bl * ahead
-    next_C = stride_Cl * ahead
-    next_z = stride_zl * ahead
-    next_o = stride_ol * ahead
-    next_y = dim * ahead
-    next_part = programs * STATE * ahead
-    slot = BLOCK_D * BLOCK_N
-    scratch_ptr += (pid_s * programs + pid_d) * (chunk // WINDOW) * slot
+    ahead: tl.constexpr = -1 if REVERSE else 1
+    origin = first + total - 1 - begin if REVERSE else first + begin
+    next_part = programs * STATE
+    parked = BLOCK_D * BLOCK_N
+    scratch_ptr += (slot * programs + pid_d) * (chunk // WINDOW) * parked
     scratch_ptr += offs_b[:, None] * BLOCK_N + offs_n[None, :]
-    chunks = tl.cdiv(length, chunk)
+    chunks = tl.cdiv(steps, chunk)
     for ci in range(chunks):
         c = chunks - 1 - ci
         start = c * chunk
-        count = tl.minimum(chunk, length - start)
+        count = tl.minimum(chunk, steps - start)
         windows = tl.cdiv(count, WINDOW)
+        # tokens are counted from the chunk's first, so that offsets fit 32 bits; those of a path
+        # from the first of the batch row
+        path = path_ptr
         row = origin + ahead * start
+        if PATH:
+            path += row
+            row = first * 0
         x_chunk = x_ptr + pid_b * stride_xb + row * stride_xl
         dt_chunk = dt_ptr + pid_b * stride_dtb + row * stride_dtl
         B_chunk = B_ptr + pid_b * stride_Bb + row * stride_Bl + group * stride_Bg
@@ -152,32 +155,44 @@ def _backward_kernel(
         part = ((pid_b * tokens + row) * programs + pid_d) * STATE
         if HAS_Z:
             z_chunk = z_ptr + pid_b * stride_zb + row * stride_zl
-        kept_tile = (kept + c) * STATE * dim + offs_n[None, :] * dim + offs_d[:, None]
-        h = tl.load(keep_ptr + kept_tile, mask=mask, other=0.0)
+        h = tl.load(keep_ptr + (kept + c) * STATE * dim + across, mask=mask, other=0.0)
 
         # 1. recompute the chunk's states, parking the one before each window but the last;
         # the rows of the next window are loaded before the present one is computed
+        at_rows = ()
         x_rows = ()
         dt_rows = ()
         B_rows = ()
         for i in tl.static_range(WINDOW):
-            t = tl.minimum(i, count - 1)
-            x_rows = x_rows + (load_row(x_chunk + (t * next_x + offs_d), mask_d, EVEN_D),)
-            dt_rows = dt_rows + (load_row(dt_chunk + (t * next_dt + offs_d), mask_d, EVEN_D),)
-            B_rows = B_rows + (load_row(B_chunk + (t * next_B + offs_n), mask_n, EVEN_N),)
+            at = token_at(path, tl.minimum(i, count - 1), ahead, PATH)
+            if PATH:
+                beyond = tl.minimum(WINDOW + i, count - 1)
+                at_rows = at_rows + (token_at(path, beyond, ahead, PATH),)
+            x_rows = x_rows + (load_row(x_chunk + (at * stride_xl + offs_x), mask_d, EVEN_D),)
+            dt_rows = dt_rows + (load_row(dt_chunk + (at * stride_dtl + offs_d), mask_d, EVEN_D),)
+            B_rows = B_rows + (load_row(B_chunk + (at * stride_Bl + offs_n), mask_n, EVEN_N),)
         for w in range(windows - 1):
-            tl.store(scratch_ptr + w * slot, h)
+            tl.store(scratch_ptr + w * parked, h)
             x_now = x_rows
             dt_now = dt_rows
             B_now = B_rows
+            at_now = at_rows
+            at_rows = ()
             x_rows = ()
             dt_rows = ()
             B_rows = ()
             for i in tl.static_range(WINDOW):
-                t = tl.minimum((w + 1) * WINDOW + i, count - 1)
-                x_rows = x_rows + (load_row(x_chunk + (t * next_x + offs_d), mask_d, EVEN_D),)
-                dt_rows = dt_rows + (load_row(dt_chunk + (t * next_dt + offs_d), mask_d, EVEN_D),)
-                B_rows = B_rows + (load_row(B_chunk + (t * next_B + offs_n), mask_n, EVEN_N),)
+                if PATH:
+                    beyond = tl.minimum((w + 2) * WINDOW + i, count - 1)
+                    at_rows = at_rows + (token_at(path, beyond, ahead, PATH),)
+                    at = at_now[i]
+                else:
+                    at = token_at(path, tl.minimum((w + 1) * WINDOW + i, count - 1), ahead, PATH)
+                x_rows = x_rows + (load_row(x_chunk + (at * stride_xl + offs_x), mask_d, EVEN_D),)
+                dt_rows = dt_rows + (
+                    load_row(dt_chunk + (at * stride_dtl + offs_d), mask_d, EVEN_D),
+                )
+                B_rows = B_rows + (load_row(B_chunk + (at * stride_Bl + offs_n), mask_n, EVEN_N),)
             for i in tl.static_range(WINDOW):
                 delta = dt_now[i].to(tl.float32) + bias
                 if SOFTPLUS:
@@ -195,21 +210,27 @@ def _backward_kernel(
         g_rows = ()
         z_rows = ()
         y_rows = ()
+        at_rows = ()
+        at_before = ()
         for i in tl.static_range(WINDOW):
-            t = tl.minimum((windows - 1) * WINDOW + i, count - 1)
-            x_rows = x_rows + (load_row(x_chunk + (t * next_x + offs_d), mask_d, EVEN_D),)
-            dt_rows = dt_rows + (load_row(dt_chunk + (t * next_dt + offs_d), mask_d, EVEN_D),)
-            B_rows = B_rows + (load_row(B_chunk + (t * next_B + offs_n), mask_n, EVEN_N),)
-            C_rows = C_rows + (load_row(C_chunk + (t * next_C + offs_n), mask_n, EVEN_N),)
-            g_rows = g_rows + (load_row(o_chunk + (t * next_o + offs_d), mask_d, EVEN_D),)
+            at = token_at(path, tl.minimum((windows - 1) * WINDOW + i, count - 1), ahead, PATH)
+            if PATH:
+                at_rows = at_rows + (at,)
+                before = tl.maximum((windows - 2) * WINDOW + i, 0)
+                at_before = at_before + (token_at(path, before, ahead, PATH),)
+            x_rows = x_rows + (load_row(x_chunk + (at * stride_xl + offs_x), mask_d, EVEN_D),)
+            dt_rows = dt_rows + (load_row(dt_chunk + (at * stride_dtl + offs_d), mask_d, EVEN_D),)
+            B_rows = B_rows + (load_row(B_chunk + (at * stride_Bl + offs_n), mask_n, EVEN_N),)
+            C_rows = C_rows + (load_row(C_chunk + (at * stride_Cl + offs_n), mask_n, EVEN_N),)
+            g_rows = g_rows + (load_row(o_chunk + (at * stride_ol + offs_x), mask_d, EVEN_D),)
             if HAS_Z:
-                z_rows = z_rows + (load_row(z_chunk + (t * next_z + offs_d), mask_d, EVEN_D),)
+                z_rows = z_rows + (load_row(z_chunk + (at * stride_zl + offs_d), mask_d, EVEN_D),)
             if WRITE_DZ:
-                y_rows = y_rows + (load_row(y_ptr + here + (t * next_y + offs_d), mask_d, EVEN_D),)
+                y_rows = y_rows + (load_row(y_ptr + here + (at * dim + offs_d), mask_d, EVEN_D),)
         for wi in range(windows):
             w = windows - 1 - wi
             h = h_ahead
-            h_ahead = tl.load(scratch_ptr + tl.maximum(w - 1, 0) * slot)
+            h_ahead = tl.load(scratch_ptr + tl.maximum(w - 1, 0) * parked)
             x_now = x_rows
             dt_now = dt_rows
             B_now = B_rows
@@ -217,6 +238,10 @@ def _backward_kernel(
             g_now = g_rows
             z_now = z_rows
             y_now = y_rows
+            at_now = at_rows
+            at_ahead = at_before
+            at_rows = ()
+            at_before = ()
             x_rows = ()
             dt_rows = ()
             B_rows = ()
@@ -225,17 +250,27 @@ def _backward_kernel(
             z_rows = ()
             y_rows = ()
             for i in tl.static_range(WINDOW):
-                t = tl.maximum((w - 1) * WINDOW + i, 0)
-                x_rows = x_rows + (load_row(x_chunk + (t * next_x + offs_d), mask_d, EVEN_D),)
-                dt_rows = dt_rows + (load_row(dt_chunk + (t * next_dt + offs_d), mask_d, EVEN_D),)
-                B_rows = B_rows + (load_row(B_chunk + (t * next_B + offs_n), mask_n, EVEN_N),)
-                C_rows = C_rows + (load_row(C_chunk + (t * next_C + offs_n), mask_n, EVEN_N),)
-                g_rows = g_rows + (load_row(o_chunk + (t * next_o + offs_d), mask_d, EVEN_D),)
+                if PATH:
+                    before = tl.maximum((w - 2) * WINDOW + i, 0)
+                    at_before = at_before + (token_at(path, before, ahead, PATH),)
+                    at = at_ahead[i]
+                    at_rows = at_rows + (at,)
+                else:
+                    at = token_at(path, tl.maximum((w - 1) * WINDOW + i, 0), ahead, PATH)
+                x_rows = x_rows + (load_row(x_chunk + (at * stride_xl + offs_x), mask_d, EVEN_D),)
+                dt_rows = dt_rows + (
+                    load_row(dt_chunk + (at * stride_dtl + offs_d), mask_d, EVEN_D),
+                )
+                B_rows = B_rows + (load_row(B_chunk + (at * stride_Bl + offs_n), mask_n, EVEN_N),)
+                C_rows = C_rows + (load_row(C_chunk + (at * stride_Cl + offs_n), mask_n, EVEN_N),)
+                g_rows = g_rows + (load_row(o_chunk + (at * stride_ol + offs_x), mask_d, EVEN_D),)
                 if HAS_Z:
-                    z_rows = z_rows + (load_row(z_chunk + (t * next_z + offs_d), mask_d, EVEN_D),)
+                    z_rows = z_rows + (
+                        load_row(z_chunk + (at * stride_zl + offs_d), mask_d, EVEN_D),
+                    )
                 if WRITE_DZ:
                     y_rows = y_rows + (
-                        load_row(y_ptr + here + (t * next_y + offs_d), mask_d, EVEN_D),
+                        load_row(y_ptr + here + (at * dim + offs_d), mask_d, EVEN_D),
                     )
             states = (h,)
             decays = ()
@@ -255,6 +290,7 @@ def _backward_kernel(
             for j in tl.static_range(WINDOW):
                 t = w * WINDOW + (WINDOW - 1 - j)
                 valid = t < count
+                at = at_now[WINDOW - 1 - j] if PATH else t * ahead
                 mask_t = tl.where(valid, mask_d, False)
                 mask_p = tl.where(valid, mask_n, False)
                 x = x_now[WINDOW - 1 - j].to(tl.float32)
@@ -268,7 +304,7 @@ def _backward_kernel(
                     if WRITE_DZ:
                         y = y_now[WINDOW - 1 - j].to(tl.float32)
                         dz = g * y * gate * (1.0 + z * (1.0 - gate))
-                        dz_row = dz_ptr + here + (t * next_y + offs_d)
+                        dz_row = dz_ptr + here + (at * dim + offs_d)
                         tl.store(dz_row, dz.to(dz_ptr.dtype.element_ty), mask=mask_t)
                     g = g * z * gate
                 g = tl.where(valid, g, 0.0)
@@ -276,8 +312,8 @@ def _backward_kernel(
                 carry = decays[WINDOW - 1 - j] * s
                 dC = tl.sum(states[WINDOW - j] * g[:, None], 0)
                 dB = tl.sum(s * (delta * x)[:, None], 0)
-                tl.store(dC_ptr + part + (t * next_part + offs_n), dC, mask=mask_p)
-                tl.store(dB_ptr + part + (t * next_part + offs_n), dB, mask=mask_p)
+                tl.store(dC_ptr + part + (at * next_part + offs_n), dC, mask=mask_p)
+                tl.store(dB_ptr + part + (at * next_part + offs_n), dB, mask=mask_p)
                 into = tl.sum(s * B[None, :], 1)
                 q = carry * states[WINDOW - 1 - j]
                 ddt = into * x + tl.sum(q * A, 1) * LN_2
@@ -285,110 +321,17 @@ def _backward_kernel(
                     raw = dt_now[WINDOW - 1 - j].to(tl.float32) + bias
                     ddt = tl.where(raw > 20.0, ddt, ddt * sigmoid(raw))
                 dx = into * delta + skip * g
-                dx_row = dx_ptr + here + (t * next_y + offs_d)
-                ddt_row = ddt_ptr + here + (t * next_y + offs_d)
+                dx_row = dx_ptr + here + (at * dim + offs_d)
+                ddt_row = ddt_ptr + here + (at * dim + offs_d)
                 tl.store(dx_row, dx.to(dx_ptr.dtype.element_ty), mask=mask_t)
                 tl.store(ddt_row, ddt.to(ddt_ptr.dtype.element_ty), mask=mask_t)
                 dA += q * delta[:, None]
                 dD += g * x
                 dbias += tl.where(valid, ddt, 0.0)
-    tl.store(dA_ptr + state, dA, mask=mask)
+    tl.store(dA_ptr + partial, dA, mask=mask)
     if HAS_D:
-        tl.store(dD_ptr + pid_s * dim + offs_d, dD, mask=mask_d)
+        tl.store(dD_ptr + slot * dim + offs_d, dD, mask=mask_d)
     if HAS_BIAS:
-        tl.store(dbias_ptr + pid_s * dim + offs_d, dbias, mask=mask_d)
+        tl.store(dbias_ptr + slot * dim + offs_d, dbias, mask=mask_d)
     if HAS_H0:
-        tl.store(dh0_ptr + state, carry, mask=mask)
-
-
-def backward(
-    dout: Tensor,
-    dfinal: Tensor | None,
-    directions: Sequence[Direction],
-    initial_state: bool,
-    z: Tensor | None,
-    cu_seqlens: Tensor | None,
-    reverse: Sequence[bool],
-    softplus: bool,
-    y: Tensor,
-    kept: Tensor,
-) -> tuple[list[ScanGradients], Tensor | None]:
-    """Gradients of every direction, and of the gate."""
-    x, A = directions[0][0], directions[0][2]
-    batch, length, dim = x.shape
-    state = A.shape[1]
-    sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    dout = adjacent(dout)
-    dz = None
-    if z is not None:
-        dz = torch.empty_like(z, memory_format=torch.contiguous_format)
-        z = adjacent(z)
-    grads = []
-    for k, given in enumerate(directions):
-        inputs = prepare(given)
-        xk, dt, A, B, C, D, bias = inputs
-        groups = B.shape[2]
-        plan = backward_plan(xk, groups, state)
-        programs = groups * plan.blocks
-        strides, flags = strides_and_flags(inputs, z, cu_seqlens, reverse[k], softplus)
-        dx, ddt = (torch.empty(v.shape, dtype=v.dtype, device=v.device) for v in (xk, dt))
-        dA, dh0 = (x.new_empty(sequences, dim, state, dtype=torch.float32) for _ in range(2))
-        dD, dbias = (x.new_empty(sequences, dim, dtype=torch.float32) for _ in range(2))
-        dB, dC = (
-            x.new_empty(batch, length, groups, plan.blocks, state, dtype=torch.float32)
-            for _ in range(2)
-        )
-        slots = sequences * programs * (CHUNK // plan.window)
-        scratch = x.new_empty(slots, plan.block_d, plan.block_n, dtype=torch.float32)
-        if dim > 0 and sequences > 0:
-            with on_device(x):
-                _backward_kernel[(sequences * programs,)](
-                    xk,
-                    dt,
-                    A,
-                    B,
-                    C,
-                    D,
-                    bias,
-                    z,
-                    None if cu_seqlens is None else adjacent(cu_seqlens),
-                    y,
-                    dout,
-                    None if dfinal is None else dfinal[k].contiguous(),
-                    kept[k],
-                    scratch,
-                    dx,
-                    ddt,
-                    dA,
-                    dB,
-                    dC,
-                    dD,
-                    dbias,
-                    dz,
-                    dh0,
-                    length,
-                    length,
-                    dim,
-                    dim // groups,
-                    plan.blocks,
-                    programs,
-                    CHUNK,
-                    **strides,
-                    stride_ob=dout.stride(0),
-                    stride_ol=dout.stride(1),
-                    **flags,
-                    HAS_H0=initial_state,
-                    HAS_DH=dfinal is not None,
-                    WRITE_DZ=z is not None and k == 0,
-                    EVEN_D=(dim // groups) % plan.block_d == 0,
-                    BLOCK_N=plan.block_n,
-                    BLOCK_D=plan.block_d,
-                    WINDOW=plan.window,
-                    num_warps=1,
-                    num_stages=1,
-                    enable_fp_fusion=True,
-                )
-        grads.append(
-            ScanGradients(dx, ddt, dA.sum(0), dB.sum(3), dC.sum(3), dD.sum(0), dbias.sum(0), dh0)
-        )
-    return grads, dz
+        tl.store(dh0_ptr + state, carry, mask=tl.where(begin == 0, mask, False))

@@ -27,10 +27,12 @@ from .kernels import (
     forward_plan,
     load_row,
     prepare,
-    sequence_of,
     softplus,
+    span_of,
     strides_and_flags,
+    token_at,
 )
+from .spans import entering, split
 
 # without kept states a chunk only bounds 32-bit offsets
 LONG_CHUNK = 1 << 16
@@ -46,8 +48,9 @@ def _forward_kernel(
     D_ptr,
     bias_ptr,
     z_ptr,
-    h0_ptr,  # (S, D, N)
+    h0_ptr,  # (S, D, N), or with SPLIT (slots, N, D)
     cu_ptr,
+    path_ptr,  # (K, tokens)
     y_ptr,  # (B, L, D): the sum of directions before the gate
     out_ptr,  # (B, L, D)
     h_ptr,  # (S, D, N): the final state
@@ -57,7 +60,10 @@ def _forward_kernel(
     dim,
     per_group,
     blocks,
+    groups_each,
     programs,
+    sequences,
+    span,
     chunk,
     stride_xb,
     stride_xl,
@@ -77,6 +83,8 @@ def _forward_kernel(
     HAS_Z: tl.constexpr,
     HAS_H0: tl.constexpr,
     PACKED: tl.constexpr,
+    SPLIT: tl.constexpr,
+    PATH: tl.constexpr,
     REVERSE: tl.constexpr,
     SOFTPLUS: tl.constexpr,
     ADD: tl.constexpr,
@@ -88,13 +96,21 @@ def _forward_kernel(
     LANE_D: tl.constexpr,
     WINDOW: tl.constexpr,
 ):
-    pid_s = (tl.program_id(0) // programs).to(tl.int64)
+    slot = tl.program_id(0) // programs
     pid_d = tl.program_id(0) % programs
-    pid_b, first, length, kept = sequence_of(pid_s, cu_ptr, length, chunk, PACKED)
+    pid_s, pid_b, first, total, begin, steps, kept = span_of(
+        slot, cu_ptr, length, sequences, span, chunk, PACKED, SPLIT
+    )
     group = pid_d // blocks
     offs_g = (pid_d % blocks) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_d = offs_g < per_group
     offs_d = group * per_group + offs_g
+    offs_x = offs_d
+    if PATH:
+        # every direction has its own path and channels, and all share those of x
+        direction = group // groups_each
+        offs_x -= direction * groups_each * per_group
+        path_ptr += direction.to(tl.int64) * tokens
     offs_n = tl.arange(0, BLOCK_N)
     mask_n = offs_n < STATE
     EVEN_N: tl.constexpr = BLOCK_N == STATE
@@ -104,7 +120,9 @@ def _forward_kernel(
     mask = mask_n[:, None] & mask_d[None, :]
     A = tl.load(A_ptr + tile, mask=mask, other=0.0)
     h = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    if HAS_H0:
+    if SPLIT:
+        h = tl.load(h0_ptr + slot.to(tl.int64) * STATE * dim + tile, mask=mask, other=0.0)
+    elif HAS_H0:
         h = tl.load(h0_ptr + state, mask=mask, other=0.0).to(tl.float32)
     skip = tl.zeros([BLOCK_D], tl.float32)
     bias = tl.zeros([BLOCK_D], tl.float32)
@@ -112,19 +130,18 @@ def _forward_kernel(
         skip = load_row(D_ptr + offs_d, mask_d, EVEN_D).to(tl.float32)
     if HAS_BIAS:
         bias = load_row(bias_ptr + offs_d, mask_d, EVEN_D).to(tl.float32)
-    ahead = -1 if REVERSE else 1
-    origin = first + length - 1 if REVERSE else first
-    # elements from one step to the next; within a chunk they fit 32 bits
-    next_x = stride_xl * ahead
-    next_dt = stride_dtl * ahead
-    next_B = stride_Bl * ahead
-    next_C = stride_Cl * ahead
-    next_z = stride_zl * ahead
-    next_y = dim * ahead
-    for c in range(tl.cdiv(length, chunk)):
+    ahead: tl.constexpr = -1 if REVERSE else 1
+    origin = first + total - 1 - begin if REVERSE else first + begin
+    for c in range(tl.cdiv(steps, chunk)):
         start = c * chunk
-        count = tl.minimum(chunk, length - start)
+        count = tl.minimum(chunk, steps - start)
+        # tokens are counted from the chunk's first, so that offsets fit 32 bits; those of a path
+        # from the first of the batch row
+        path = path_ptr
         row = origin + ahead * start
+        if PATH:
+            path += row
+            row = first * 0
         x_chunk = x_ptr + pid_b * stride_xb + row * stride_xl
         dt_chunk = dt_ptr + pid_b * stride_dtb + row * stride_dtl
         B_chunk = B_ptr + pid_b * stride_Bb + row * stride_Bl + group * stride_Bg
@@ -134,6 +151,8 @@ def _forward_kernel(
             z_chunk = z_ptr + pid_b * stride_zb + row * stride_zl
         if KEEP:
             tl.store(keep_ptr + (kept + c) * STATE * dim + tile, h, mask=mask)
+        at_rows = ()
+        at_beyond = ()
         x_rows = ()
         dt_rows = ()
         B_rows = ()
@@ -141,15 +160,19 @@ def _forward_kernel(
         z_rows = ()
         y_rows = ()
         for i in tl.static_range(WINDOW):
-            t = tl.minimum(i, count - 1)
-            x_rows = x_rows + (load_row(x_chunk + (t * next_x + offs_d), mask_d, EVEN_D),)
-            dt_rows = dt_rows + (load_row(dt_chunk + (t * next_dt + offs_d), mask_d, EVEN_D),)
-            B_rows = B_rows + (load_row(B_chunk + (t * next_B + offs_n), mask_n, EVEN_N),)
-            C_rows = C_rows + (load_row(C_chunk + (t * next_C + offs_n), mask_n, EVEN_N),)
+            at = token_at(path, tl.minimum(i, count - 1), ahead, PATH)
+            if PATH:
+                at_rows = at_rows + (at,)
+                beyond = tl.minimum(WINDOW + i, count - 1)
+                at_beyond = at_beyond + (token_at(path, beyond, ahead, PATH),)
+            x_rows = x_rows + (load_row(x_chunk + (at * stride_xl + offs_x), mask_d, EVEN_D),)
+            dt_rows = dt_rows + (load_row(dt_chunk + (at * stride_dtl + offs_d), mask_d, EVEN_D),)
+            B_rows = B_rows + (load_row(B_chunk + (at * stride_Bl + offs_n), mask_n, EVEN_N),)
+            C_rows = C_rows + (load_row(C_chunk + (at * stride_Cl + offs_n), mask_n, EVEN_N),)
             if HAS_Z:
-                z_rows = z_rows + (load_row(z_chunk + (t * next_z + offs_d), mask_d, EVEN_D),)
+                z_rows = z_rows + (load_row(z_chunk + (at * stride_zl + offs_d), mask_d, EVEN_D),)
             if ADD:
-                y_rows = y_rows + (load_row(y_ptr + here + (t * next_y + offs_d), mask_d, EVEN_D),)
+                y_rows = y_rows + (load_row(y_ptr + here + (at * dim + offs_d), mask_d, EVEN_D),)
         for w in range(tl.cdiv(count, WINDOW)):
             x_now = x_rows
             dt_now = dt_rows
@@ -157,6 +180,10 @@ def _forward_kernel(
             C_now = C_rows
             z_now = z_rows
             y_now = y_rows
+            at_now = at_rows
+            at_ahead = at_beyond
+            at_rows = ()
+            at_beyond = ()
             x_rows = ()
             dt_rows = ()
             B_rows = ()
@@ -164,16 +191,26 @@ def _forward_kernel(
             z_rows = ()
             y_rows = ()
             for i in tl.static_range(WINDOW):
-                t = tl.minimum((w + 1) * WINDOW + i, count - 1)
-                x_rows = x_rows + (load_row(x_chunk + (t * next_x + offs_d), mask_d, EVEN_D),)
-                dt_rows = dt_rows + (load_row(dt_chunk + (t * next_dt + offs_d), mask_d, EVEN_D),)
-                B_rows = B_rows + (load_row(B_chunk + (t * next_B + offs_n), mask_n, EVEN_N),)
-                C_rows = C_rows + (load_row(C_chunk + (t * next_C + offs_n), mask_n, EVEN_N),)
+                if PATH:
+                    beyond = tl.minimum((w + 2) * WINDOW + i, count - 1)
+                    at_beyond = at_beyond + (token_at(path, beyond, ahead, PATH),)
+                    at = at_ahead[i]
+                    at_rows = at_rows + (at,)
+                else:
+                    at = token_at(path, tl.minimum((w + 1) * WINDOW + i, count - 1), ahead, PATH)
+                x_rows = x_rows + (load_row(x_chunk + (at * stride_xl + offs_x), mask_d, EVEN_D),)
+                dt_rows = dt_rows + (
+                    load_row(dt_chunk + (at * stride_dtl + offs_d), mask_d, EVEN_D),
+                )
+                B_rows = B_rows + (load_row(B_chunk + (at * stride_Bl + offs_n), mask_n, EVEN_N),)
+                C_rows = C_rows + (load_row(C_chunk + (at * stride_Cl + offs_n), mask_n, EVEN_N),)
                 if HAS_Z:
-                    z_rows = z_rows + (load_row(z_chunk + (t * next_z + offs_d), mask_d, EVEN_D),)
+                    z_rows = z_rows + (
+                        load_row(z_chunk + (at * stride_zl + offs_d), mask_d, EVEN_D),
+                    )
                 if ADD:
                     y_rows = y_rows + (
-                        load_row(y_ptr + here + (t * next_y + offs_d), mask_d, EVEN_D),
+                        load_row(y_ptr + here + (at * dim + offs_d), mask_d, EVEN_D),
                     )
             for i in tl.static_range(WINDOW):
                 t = w * WINDOW + i
@@ -189,15 +226,17 @@ def _forward_kernel(
                 y = tl.sum(h * C_now[i].to(tl.float32)[:, None], 0) + skip * x
                 if ADD:
                     y += y_now[i].to(tl.float32)
-                at = here + (t * next_y + offs_d)
+                at = at_now[i] if PATH else t * ahead
+                into = here + (at * dim + offs_d)
                 mask_t = tl.where(valid, mask_d, False)
                 if SAVE_Y:
-                    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=mask_t)
+                    tl.store(y_ptr + into, y.to(y_ptr.dtype.element_ty), mask=mask_t)
                 if HAS_Z:
                     z = z_now[i].to(tl.float32)
                     y *= z * sigmoid(z)
-                tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=mask_t)
-    tl.store(h_ptr + state, h, mask=mask)
+                tl.store(out_ptr + into, y.to(out_ptr.dtype.element_ty), mask=mask_t)
+    ends = begin + steps == total
+    tl.store(h_ptr + state, h, mask=tl.where(ends, mask, False))
 
 
 def forward(
@@ -208,22 +247,26 @@ def forward(
     reverse: Sequence[bool],
     softplus: bool,
     keep_states: bool,
+    paths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Add the directions, then gate. B and C are (B, L, G, N).
+
+    With `paths` there is one direction of K D channels and K G groups, K scans of D channels each
+    that share x, (B, L, D): nothing is added, and the output is (B, L, K D).
 
     Returns:
         out (B, L, D); the sum before the gate, empty unless `keep_states` and `z`; the final
         states (K, S, D, N) float32; the kept states, empty unless `keep_states`.
     """
-    x, A = directions[0][0], directions[0][2]
-    batch, length, dim = x.shape
+    x, dt, A = directions[0][:3]
+    batch, length, dim = dt.shape
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    out = x.new_empty(dt.shape)
     save_y = keep_states and z is not None
     # without a gate, and in inference, directions add up in the output itself
     y = torch.empty_like(out) if save_y else out
     final = x.new_empty(len(directions), sequences, dim, A.shape[1], dtype=torch.float32)
-    shape = checkpoints_shape(len(directions), x, A, cu_seqlens) if keep_states else (0,)
+    shape = checkpoints_shape(len(directions), dt, A, cu_seqlens) if keep_states else (0,)
     # packed sequences rarely fill every chunk; what is left over must not be random
     kept = (x.new_empty if cu_seqlens is None else x.new_zeros)(shape, dtype=torch.float32)
     if z is not None:
@@ -235,14 +278,20 @@ def forward(
         xk, dt, A, B, C, D, bias = inputs
         last = k == len(directions) - 1
         groups = B.shape[2]
-        plan = forward_plan(xk, groups, A.shape[1], sequences)
+        spans = split(dt, groups, A.shape[1], sequences, cu_seqlens is not None)
+        slots = sequences if spans is None else spans.slots
+        plan = forward_plan(dt, groups, A.shape[1], slots)
         gate = z if last else None
-        strides, flags = strides_and_flags(inputs, gate, cu_seqlens, reverse[k], softplus)
+        strides, flags = strides_and_flags(inputs, gate, cu_seqlens, paths, reverse[k], softplus)
         programs = groups * plan.blocks
         rates = torch.empty(A.shape[::-1], dtype=torch.float32, device=x.device)
         torch.mul(A.t().float(), LOG2_E.value, out=rates)
+        if spans is not None:
+            h0 = entering(
+                inputs, xk, rates, h0, None, cu_seqlens, paths, reverse[k], softplus, spans, False
+            )
         with on_device(x):
-            _forward_kernel[(sequences * programs,)](
+            _forward_kernel[(slots * programs,)](
                 xk,
                 dt,
                 rates,
@@ -253,6 +302,7 @@ def forward(
                 gate,
                 None if h0 is None else h0.contiguous(),
                 None if cu_seqlens is None else adjacent(cu_seqlens),
+                paths,
                 y,
                 out if last else y,
                 final[k],
@@ -262,11 +312,15 @@ def forward(
                 dim,
                 dim // groups,
                 plan.blocks,
+                groups if paths is None else groups // paths.shape[0],
                 programs,
+                sequences,
+                0 if spans is None else spans.steps,
                 CHUNK if keep_states else LONG_CHUNK,
                 **strides,
                 **flags,
                 HAS_H0=h0 is not None,
+                SPLIT=spans is not None,
                 ADD=k > 0,
                 SAVE_Y=save_y and last,
                 KEEP=keep_states,

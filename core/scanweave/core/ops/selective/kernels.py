@@ -24,8 +24,9 @@ from ..launch import LOG2_E, adjacent, ceil_div, power_of_2
 
 Direction = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 
-# one kept state per 32 steps: 2 bytes a token and channel at N = 16, as one bfloat16 activation
-CHUNK = 32
+# one kept state per 16 steps: 4 bytes a token and channel at N = 16, as two bfloat16 activations.
+# Measured on an H100, B128 L197 D768 N16: 1093 us forward and backward, 1183 us with 32
+CHUNK = 16
 
 
 @triton.jit
@@ -50,14 +51,67 @@ def load_row(ptr, mask, EVEN: tl.constexpr):
 
 
 @triton.jit
-def sequence_of(pid_s, cu_ptr, length, chunk, PACKED: tl.constexpr):
-    """Batch row, first token in it, length and first kept state of a program's sequence."""
+def span_of(
+    slot, cu_ptr, length, sequences, span, chunk, PACKED: tl.constexpr, SPLIT: tl.constexpr
+):
+    """What a program runs: one sequence, or with SPLIT `span` steps of one.
+
+    Packed sequence s owns the slots from cu[s] // span + s on: enough for its spans, and one if it
+    is empty. What is left over has count 0 and start > total.
+
+    Returns:
+        sequence, batch row, first token of the sequence, its length, the program's first step,
+        its number of steps, index of its first kept state.
+    """
     if PACKED:
-        first = tl.load(cu_ptr + pid_s).to(tl.int64)
-        last = tl.load(cu_ptr + pid_s + 1).to(tl.int64)
-        return pid_s * 0, first, (last - first).to(tl.int32), first // chunk + pid_s
+        sequence = slot
+        start = slot * 0
+        if SPLIT:
+            sequence = slot * 0
+            beyond = sequence + sequences
+            while beyond - sequence > 1:
+                middle = (sequence + beyond) // 2
+                owned = tl.load(cu_ptr + middle) // span + middle <= slot
+                sequence = tl.where(owned, middle, sequence)
+                beyond = tl.where(owned, beyond, middle)
+            start = (slot - tl.load(cu_ptr + sequence) // span - sequence) * span
+        first = tl.load(cu_ptr + sequence)
+        total = tl.load(cu_ptr + sequence + 1) - first
+        kept = first // chunk + sequence + start // chunk
+        batch = slot * 0
     else:
-        return pid_s, pid_s * 0, length, pid_s * tl.cdiv(length, chunk)
+        sequence = slot
+        start = slot * 0
+        if SPLIT:
+            spans = tl.cdiv(length, span)
+            sequence = slot // spans
+            start = slot % spans * span
+        first = slot * 0
+        total = length
+        kept = sequence * tl.cdiv(length, chunk) + start // chunk
+        batch = sequence
+    count = total - start
+    if SPLIT:
+        count = tl.maximum(tl.minimum(count, span), 0)
+        start = tl.where((start > 0) & (count == 0), total + 1, start)
+    return (
+        sequence.to(tl.int64),
+        batch.to(tl.int64),
+        first.to(tl.int64),
+        total,
+        start,
+        count,
+        kept.to(tl.int64),
+    )
+
+
+@triton.jit
+def token_at(path_ptr, t, ahead: tl.constexpr, PATH: tl.constexpr):
+    """Token of step t, from a table or relative to the chunk's first."""
+    if PATH:
+        return tl.load(path_ptr + t * ahead).to(tl.int64)
+    else:
+        return t * ahead
 
 
 def checkpoints_shape(
@@ -82,43 +136,48 @@ class Plan(NamedTuple):
     registers: int | None = None
 
 
-def forward_plan(x: Tensor, groups: int, state: int, sequences: int) -> Plan:
-    """Tile of 1024 states, two steps a window; narrower and deeper for few programs.
+def forward_plan(x: Tensor, groups: int, state: int, programs: int) -> Plan:
+    """Tile of 1024 states, two steps a window; narrower and deeper for few programs or states.
 
     Measured on an H100, bfloat16: 174 us at B128 L197 D768 N16 (narrow and deep: 234 us), but
-    1306 us narrow and deep at B8 L4096 D2048 N16, where wide programs take 2469 us, and 18 us
-    against 20 us at B64 L60 D256 N16.
+    1158 us narrow and deep at B8 L4096 D2048 N16, where wide programs take 2468 us, and 18 us
+    against 20 us at B64 L60 D256 N16. One direction at B128 L3136 D192 N1: 317 us with 16 steps a
+    window, 369 us with 8, 514 us wide with 4.
     """
-    return _forward_plan(x.shape[2] // groups, state, sequences * groups, _processors(x.device))
+    long = x.shape[1] >= 256
+    units = processors(x.device)
+    return _forward_plan(x.shape[2] // groups, state, programs * groups, units, long)
 
 
 @functools.lru_cache(maxsize=256)
-def _forward_plan(per_group: int, state: int, rows: int, processors: int) -> Plan:
+def _forward_plan(per_group: int, state: int, rows: int, units: int, long: bool) -> Plan:
     block_n = power_of_2(state)
-    wide = _block_d(per_group, 64, 1024 // block_n)
-    if rows * ceil_div(per_group, wide) < 8 * processors:
-        narrow = min(wide, 32)
-        return Plan(block_n, narrow, ceil_div(per_group, narrow), window=4)
-    window = 4 if block_n <= 2 else 2
+    wide = block_d(per_group, 64, 1024 // block_n)
+    narrow = min(wide, 32)
+    if block_n <= 2:
+        return Plan(block_n, narrow, ceil_div(per_group, narrow), window=16 if long else 8)
+    if rows * ceil_div(per_group, wide) < 8 * units:
+        return Plan(block_n, narrow, ceil_div(per_group, narrow), window=8 if long else 4)
     # 168 registers leave room for 12 warps a processor of 64 K registers
-    return Plan(block_n, wide, ceil_div(per_group, wide), window, registers=168)
+    return Plan(block_n, wide, ceil_div(per_group, wide), window=2, registers=168)
 
 
 def backward_plan(x: Tensor, groups: int, state: int) -> Plan:
-    """Tile of 512 states, two steps a window: four spill (1338 us against 1185 us as above)."""
+    """Tile of 512 states, two steps a window: four spill."""
     block_n = power_of_2(state)
     per_group = x.shape[2] // groups
     widest, window = (64, 4) if block_n <= 2 else (32, 2)
-    block_d = _block_d(per_group, widest, 512 // block_n)
-    return Plan(block_n, block_d, ceil_div(per_group, block_d), window)
+    width = block_d(per_group, widest, 512 // block_n)
+    return Plan(block_n, width, ceil_div(per_group, width), window)
 
 
-def _block_d(per_group: int, widest: int, most: int) -> int:
+def block_d(per_group: int, widest: int, most: int) -> int:
+    """Channels a program, a power of 2."""
     return max(1, min(widest, most, power_of_2(per_group)))
 
 
 @functools.lru_cache
-def _processors(device: torch.device) -> int:
+def processors(device: torch.device) -> int:
     """Multiprocessors of the GPU; under the interpreter as on an H100."""
     if device.type != "cuda":
         return 132
@@ -126,7 +185,12 @@ def _processors(device: torch.device) -> int:
 
 
 def strides_and_flags(
-    inputs: Direction, z: Tensor | None, cu_seqlens: Tensor | None, reverse: bool, softplus: bool
+    inputs: Direction,
+    z: Tensor | None,
+    cu_seqlens: Tensor | None,
+    paths: Tensor | None,
+    reverse: bool,
+    softplus: bool,
 ) -> tuple[dict[str, int], dict[str, bool | int]]:
     """Strides and flags that both kernels take, of inputs with adjacent channels."""
     x, dt, A, B, C, D, bias = inputs
@@ -150,6 +214,7 @@ def strides_and_flags(
         "HAS_BIAS": bias is not None,
         "HAS_Z": z is not None,
         "PACKED": cu_seqlens is not None,
+        "PATH": paths is not None,
         "REVERSE": reverse,
         "SOFTPLUS": softplus,
     }

@@ -22,7 +22,7 @@ from ..checks import (
     computing_dtype,
     on_kernels,
 )
-from . import backward_kernel, compiled, forward_kernel, portable
+from . import backward, compiled, forward_kernel, portable
 from .kernels import checkpoints_shape
 
 _lib = torch.library.Library("scanweave", "FRAGMENT")
@@ -121,7 +121,7 @@ def _backward(
     directions = _directions(x, dt, A, B, C, D, dt_bias)
     inputs = [*x, *dt, *A, *B, *C, *D, *dt_bias, *initial_state, *([] if z is None else [z])]
     if on_kernels(x[0]) and dtype == torch.float32:
-        grads, dz = backward_kernel.backward(
+        grads, dz = backward.backward(
             dout,
             dfinal,
             directions,

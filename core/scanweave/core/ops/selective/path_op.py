@@ -5,6 +5,9 @@ stacked, as a projection of the tokens gives it, so that gradients leave it stac
 that of x is one sum. Nothing is permuted in memory by the Triton kernels and by `scan.c`, which
 read and write rows where the path says; `portable.py` runs on permuted copies. Which of the three
 runs is decided as in `op.py`. Equations and letters: `reference.py`; K directions.
+
+On a GPU all directions are one launch, a scan of K D channels, and then added: four times the
+programs are worth more than the pass over memory.
 """
 
 from collections.abc import Sequence
@@ -16,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.weak import WeakIdKeyDictionary, WeakIdRef
 
 from ..checks import check_cu_seqlens_values, computing_dtype, on_kernels
-from . import backward_kernel, compiled, forward_kernel, portable
+from . import backward, compiled, forward_kernel, portable
 from .kernels import checkpoints_shape
 
 Direction = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
@@ -115,6 +118,44 @@ def _states(v: Tensor | None, count: int) -> Sequence[Tensor | None]:
     return [None] * count if v is None else v.unbind(0)
 
 
+def _stacked(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+) -> Direction:
+    """All directions as one of K D channels in K G groups."""
+    D, dt_bias = (None if v is None else v.flatten() for v in (D, dt_bias))
+    return x, dt.flatten(2), A.flatten(0, 1), B.flatten(2, 3), C.flatten(2, 3), D, dt_bias
+
+
+def _beside(states: Tensor) -> Tensor:
+    """(K, S, D, N) -> (S, K D, N)."""
+    return states.transpose(0, 1).flatten(1, 2)
+
+
+def _apart(states: Tensor, A: Tensor) -> Tensor:
+    """(S, K D, N) -> (K, S, D, N)."""
+    return states.view(states.shape[0], *A.shape).transpose(0, 1).contiguous()
+
+
+def _turned(paths: Tensor, reverse: list[bool], cu_seqlens: Tensor | None) -> Tensor:
+    """Paths from their end to their start where `reverse`, within every packed sequence."""
+    if not any(reverse):
+        return paths
+    steps = torch.arange(paths.shape[1], device=paths.device)
+    if cu_seqlens is None:
+        back = paths.shape[1] - 1 - steps
+    else:
+        sequence = torch.searchsorted(cu_seqlens[1:], steps.to(cu_seqlens.dtype), right=True)
+        back = cu_seqlens[sequence] + cu_seqlens[sequence + 1] - 1 - steps
+    turned = paths.index_select(1, back)
+    return torch.stack([turned[k] if r else paths[k] for k, r in enumerate(reverse)])
+
+
 def _forward(
     x: Tensor,
     dt: Tensor,
@@ -136,9 +177,15 @@ def _forward(
     directions = _directions(x, dt, A, B, C, D, dt_bias)
     start = _states(initial_state, len(directions))
     if on_kernels(x) and dtype == torch.float32:
-        return forward_kernel.forward(
-            directions, start, z, cu_seqlens, reverse, dt_softplus, training, paths=paths
+        stacked = _stacked(x, dt, A, B, C, D, dt_bias)
+        turned = _turned(paths, reverse, cu_seqlens)
+        h0 = None if initial_state is None else _beside(initial_state)
+        parts, _, final, kept = forward_kernel.forward(
+            [stacked], [h0], None, cu_seqlens, [False], dt_softplus, training, turned
         )
+        y = parts.view(dt.shape).sum(2)
+        out = y if z is None else (y.float() * F.silu(z.float())).to(x.dtype)
+        return out, y if training and z is not None else y.new_empty(0), _apart(final[0], A), kept
     if dtype == torch.float32 and compiled.takes([x, dt, B, C, *([] if z is None else [z])]):
         return compiled.forward(
             directions, start, z, cu_seqlens, reverse, dt_softplus, training, paths
@@ -190,21 +237,37 @@ def _backward(
     parts = ddt.unbind(2)
     gates = [] if z is None else [z]
     if on_kernels(x) and dtype == torch.float32:
-        grads, dz = backward_kernel.backward(
+        dz = None
+        if z is not None:
+            g, zc = dout.float(), z.float()
+            gate = torch.sigmoid(zc)
+            dz = g * y.float() * gate * (1 + zc * (1 - gate))
+            dout = g * zc * gate
+        stacked = _stacked(x, dt, A, B, C, D, dt_bias)
+        turned = _turned(paths, reverse, cu_seqlens)
+        dh = None if dfinal is None else _beside(dfinal).unsqueeze(0)
+        (g,), _ = backward.backward(
             dout,
-            dfinal,
-            directions,
+            dh,
+            [stacked],
             initial_state is not None,
-            z,
+            None,
             cu_seqlens,
-            reverse,
+            [False],
             dt_softplus,
-            y,
+            dout,
             checkpoints,
-            paths=paths,
-            ddt=parts,
+            turned,
         )
-    elif dtype == torch.float32 and compiled.takes([dout, x, dt, B, C, *gates]):
+        dx = g.x.view(dt.shape).sum(2)
+        flat = [dx, g.dt, g.A, g.B, g.C, g.D, g.dt_bias, _apart(g.state, A), dz]
+        given = (x, dt, A, B, C, D, dt_bias, initial_state, z)
+        return [
+            d.view(v.shape).to(v.dtype)
+            for d, v in zip(flat, given, strict=True)
+            if d is not None and v is not None
+        ]
+    if dtype == torch.float32 and compiled.takes([dout, x, dt, B, C, *gates]):
         grads, dz = compiled.backward(
             dout, dfinal, directions, start, z, cu_seqlens, reverse, dt_softplus, y, paths, parts
         )
@@ -275,7 +338,7 @@ def _forward_fake(
     y_shape = x.shape if training and z is not None else (0,)
     kept_shape: tuple[int, ...] = (0,)
     if training and fused:
-        kept_shape = checkpoints_shape(count, x, A[0], cu_seqlens)
+        kept_shape = checkpoints_shape(1, dt.flatten(2), A[0], cu_seqlens)
     return (
         x.new_empty(x.shape),
         x.new_empty(y_shape, dtype=x.dtype if fused else dtype),
