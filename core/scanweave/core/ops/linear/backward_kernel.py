@@ -17,7 +17,6 @@ from torch import Tensor
 
 from ..launch import on_device
 from .kernels import (
-    CHUNK,
     Call,
     decay_of,
     entering,
@@ -30,12 +29,75 @@ from .kernels import (
     store_pair,
     times,
 )
+from .prefix_kernel import prefixes
 
 
 @triton.jit
 def times_conjugate(a, ai, s, si, COMPLEX: tl.constexpr):
     """Conjugate of the first number, times the second."""
-    return times(a, -ai if COMPLEX else ai, s, si, COMPLEX)
+    if COMPLEX:
+        return a * s + ai * si, a * si - ai * s
+    else:
+        return a * s, si
+
+
+@triton.jit
+def _backward_window(
+    e,
+    ei,
+    total,
+    total_i,
+    h,
+    hi,
+    gs,
+    gis,
+    xs,
+    xis,
+    logs,
+    logs_i,
+    dx_at,
+    da_at,
+    next_out,
+    left,
+    mask_d,
+    TAIL: tl.constexpr,
+    CONSTANT: tl.constexpr,
+    COMPLEX: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """A chunk's states again, then the gradient `e` of its last one back to its first."""
+    decays = ()
+    decays_i = ()
+    carried = ()  # a[t] h[t-1]
+    carried_i = ()
+    for i in tl.static_range(CHUNK):
+        b, bi = decay_of(
+            logs[0 if CONSTANT else i], logs_i[0 if CONSTANT else i], left, i, TAIL, COMPLEX
+        )
+        h, hi = times(b, bi, h, hi, COMPLEX)
+        decays = decays + (b,)
+        decays_i = decays_i + (bi,)
+        carried = carried + (h,)
+        carried_i = carried_i + (hi,)
+        h += xs[i].to(tl.float32)
+        hi += xis[i].to(tl.float32)
+    for j in tl.static_range(CHUNK):
+        s = gs[CHUNK - 1 - j].to(tl.float32) + e
+        si = gis[CHUNK - 1 - j].to(tl.float32) + ei
+        da, dai = times_conjugate(
+            carried[CHUNK - 1 - j], carried_i[CHUNK - 1 - j], s, si, COMPLEX
+        )
+        valid = CHUNK - 1 - j < left if TAIL else True
+        mask = tl.where(valid, mask_d, False) if TAIL else mask_d
+        at = (CHUNK - 1 - j) * next_out
+        store_pair(dx_at + at, s, si, mask, COMPLEX)
+        if CONSTANT:
+            total += tl.where(valid, da, 0.0) if TAIL else da
+            total_i += tl.where(valid, dai, 0.0) if TAIL else dai
+        else:
+            store_pair(da_at + at, da, dai, mask, COMPLEX)
+        e, ei = times_conjugate(decays[CHUNK - 1 - j], decays_i[CHUNK - 1 - j], s, si, COMPLEX)
+    return e, ei, total, total_i
 
 
 @triton.jit
@@ -75,6 +137,7 @@ def _backward_kernel(
         tl.program_id(0), cu_ptr, length, blocks, PACKED, SEGMENTS, CHUNK
     )
     PARTS: tl.constexpr = 2 if COMPLEX else 1
+    ONE: tl.constexpr = 1.0 if COMPLEX else 0.0
     offs_d = pid_d * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_d = offs_d < dim
     offs = offs_d * PARTS
@@ -92,85 +155,75 @@ def _backward_kernel(
             SEGMENTS=SEGMENTS,
         )
     ahead: tl.constexpr = -1 if REVERSE else 1
-    chunks = tl.cdiv(count, WINDOW)
-    # the first step of the last chunk
-    start = begin + (chunks - 1) * WINDOW
+    next_g = ahead * stride_gl
+    next_x = ahead * stride_xl
+    next_a = ahead * stride_al
+    next_out = ahead * dim * PARTS
+    # a tail that is not a whole chunk is the first to be walked
+    chunks = count // CHUNK
+    left = count % CHUNK
+    start = begin + chunks * CHUNK
     place = first + (steps - 1 - start if REVERSE else start)
-    g_base = g_ptr + row * stride_gb + offs
-    x_base = x_ptr + row * stride_xb + offs
-    a_base = a_ptr + row * stride_ab + offs
-    out_base = row * tokens * dim * PARTS + offs
-    kept = kept_before(pid_s, first, length, PACKED, CHUNK) + begin // WINDOW
+    g_at = g_ptr + row * stride_gb + place * stride_gl + offs
+    x_at = x_ptr + row * stride_xb + place * stride_xl + offs
+    a_at = a_ptr + row * stride_ab + place * stride_al + offs
+    out = (row * tokens + place) * dim * PARTS
+    dx_at = dx_ptr + out + offs
+    da_at = da_ptr + out + offs
+    kept = kept_before(pid_s, first, length, PACKED, CHUNK) + begin // CHUNK + chunks
+    keep_at = keep_ptr + kept * dim * PARTS + offs
     total = tl.zeros([BLOCK_D], tl.float32)
     total_i = tl.zeros([BLOCK_D], tl.float32)
     if CONSTANT:
-        fixed, fixed_i = load_pair(a_base, mask_d, 0.0, COMPLEX)
-    left = count - (chunks - 1) * WINDOW
-    gs, gis = load_rows(
-        g_base + place * stride_gl, ahead * stride_gl, left, mask_d, COMPLEX, WINDOW
-    )
-    xs, xis = load_rows(
-        x_base + place * stride_xl, ahead * stride_xl, left, mask_d, COMPLEX, WINDOW
-    )
-    if not CONSTANT:
-        logs, logs_i = load_rows(
-            a_base + place * stride_al, ahead * stride_al, left, mask_d, COMPLEX, WINDOW
+        logs, logs_i = load_rows(a_at, 0, 0, mask_d, 0.0, False, COMPLEX, 1)
+    if left > 0:
+        gs, gis = load_rows(g_at, next_g, left, mask_d, 0.0, True, COMPLEX, CHUNK)
+        xs, xis = load_rows(x_at, next_x, left, mask_d, 0.0, True, COMPLEX, CHUNK)
+        if not CONSTANT:
+            logs, logs_i = load_rows(a_at, next_a, left, mask_d, ONE, True, COMPLEX, CHUNK)
+        h, hi = load_pair(keep_at, mask_d, 0.0, COMPLEX)
+        e, ei, total, total_i = _backward_window(
+            *(e, ei, total, total_i, h, hi, gs, gis, xs, xis, logs, logs_i),
+            *(dx_at, da_at, next_out, left, mask_d, True),
+            CONSTANT=CONSTANT,
+            COMPLEX=COMPLEX,
+            CHUNK=CHUNK,
         )
+    g_at -= CHUNK * next_g
+    x_at -= CHUNK * next_x
+    a_at -= CHUNK * next_a
+    mask = tl.where(chunks > 0, mask_d, False)
+    gs, gis = load_rows(g_at, next_g, 0, mask, 0.0, False, COMPLEX, CHUNK)
+    xs, xis = load_rows(x_at, next_x, 0, mask, 0.0, False, COMPLEX, CHUNK)
+    if not CONSTANT:
+        logs, logs_i = load_rows(a_at, next_a, 0, mask, ONE, False, COMPLEX, CHUNK)
     for w in range(chunks):
-        chunk = chunks - 1 - w
-        left = count - chunk * WINDOW
-        # nothing is before the first chunk
-        more = tl.where(chunk > 0, WINDOW, 0)
-        before = place - WINDOW * ahead
         g_now = gs
         gi_now = gis
         x_now = xs
         xi_now = xis
-        gs, gis = load_rows(
-            g_base + before * stride_gl, ahead * stride_gl, more, mask_d, COMPLEX, WINDOW
-        )
-        xs, xis = load_rows(
-            x_base + before * stride_xl, ahead * stride_xl, more, mask_d, COMPLEX, WINDOW
-        )
+        a_now = logs
+        ai_now = logs_i
+        # the chunk before this one
+        g_at -= CHUNK * next_g
+        x_at -= CHUNK * next_x
+        a_at -= CHUNK * next_a
+        mask = tl.where(w + 1 < chunks, mask_d, False)
+        gs, gis = load_rows(g_at, next_g, 0, mask, 0.0, False, COMPLEX, CHUNK)
+        xs, xis = load_rows(x_at, next_x, 0, mask, 0.0, False, COMPLEX, CHUNK)
         if not CONSTANT:
-            a_now = logs
-            ai_now = logs_i
-            logs, logs_i = load_rows(
-                a_base + before * stride_al, ahead * stride_al, more, mask_d, COMPLEX, WINDOW
-            )
-        h, hi = load_pair(keep_ptr + (kept + chunk) * dim * PARTS + offs, mask_d, 0.0, COMPLEX)
-        decays = ()
-        decays_i = ()
-        carried = ()  # a[t] h[t-1]
-        carried_i = ()
-        for i in tl.static_range(WINDOW):
-            if CONSTANT:
-                b, bi = decay_of(fixed, fixed_i, i < left, False, COMPLEX)
-            else:
-                b, bi = decay_of(a_now[i], ai_now[i], i < left, False, COMPLEX)
-            h, hi = times(b, bi, h, hi, COMPLEX)
-            decays = decays + (b,)
-            decays_i = decays_i + (bi,)
-            carried = carried + (h,)
-            carried_i = carried_i + (hi,)
-            h += x_now[i].to(tl.float32)
-            hi += xi_now[i].to(tl.float32)
-        row_out = out_base + place * dim * PARTS
-        for j in tl.static_range(WINDOW):
-            i: tl.constexpr = WINDOW - 1 - j
-            s = g_now[i].to(tl.float32) + e
-            si = gi_now[i].to(tl.float32) + ei
-            da, dai = times_conjugate(carried[i], carried_i[i], s, si, COMPLEX)
-            mask = tl.where(i < left, mask_d, False)
-            at = row_out + i * ahead * dim * PARTS
-            store_pair(dx_ptr + at, s, si, mask, COMPLEX)
-            if CONSTANT:
-                total += tl.where(i < left, da, 0.0)
-                total_i += tl.where(i < left, dai, 0.0)
-            else:
-                store_pair(da_ptr + at, da, dai, mask, COMPLEX)
-            e, ei = times_conjugate(decays[i], decays_i[i], s, si, COMPLEX)
-        place = before
+            logs, logs_i = load_rows(a_at, next_a, 0, mask, ONE, False, COMPLEX, CHUNK)
+        keep_at -= dim * PARTS
+        dx_at -= CHUNK * next_out
+        da_at -= CHUNK * next_out
+        h, hi = load_pair(keep_at, mask_d, 0.0, COMPLEX)
+        e, ei, total, total_i = _backward_window(
+            *(e, ei, total, total_i, h, hi, g_now, gi_now, x_now, xi_now, a_now, ai_now),
+            *(dx_at, da_at, next_out, 0, mask_d, False),
+            CONSTANT=CONSTANT,
+            COMPLEX=COMPLEX,
+            CHUNK=CHUNK,
+        )
     if CONSTANT:
         at = (pid_s * SEGMENTS + segment) * dim * PARTS + offs
         store_pair(da_ptr + at, total, total_i, mask_d, COMPLEX)
@@ -196,7 +249,7 @@ def backward(
     dinitial = x.new_empty((sequences, x.shape[2]), dtype=dtype)
     if dinitial.numel() == 0:
         return dx, torch.zeros_like(log_a), dinitial
-    call = Call(x, log_a, cu_seqlens, reverse, window=CHUNK)
+    call = Call(x, log_a, cu_seqlens, reverse)
     if constant:
         dlog_a = x.new_empty((sequences, call.plan.segments, x.shape[2]), dtype=dtype)
     else:
@@ -205,7 +258,7 @@ def backward(
     last = None if dfinal is None else rows_of(dfinal.contiguous())
     length = x.shape[1]
     with on_device(x):
-        ends, products = call.prefixes(g, length, adjoint=True)
+        ends, products = prefixes(call, g, length, adjoint=True)
         _backward_kernel[call.grid](
             *(g, call.x, call.a, last, call.cu, ends, products, checkpoints),
             *(real(dx), real(dlog_a), real(dinitial)),

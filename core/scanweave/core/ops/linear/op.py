@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..checks import check_cu_seqlens_values
-from . import backward_kernel, compiled, kernels, portable
+from . import backward_kernel, compiled, forward_kernel, portable
+from .kernels import checkpoints_shape
 from .reference import state_dtype
 
 _lib = torch.library.Library("scanweave", "FRAGMENT")
@@ -45,7 +46,7 @@ def _forward(
         check_cu_seqlens_values(cu_seqlens, x.shape[1])
     dtype = state_dtype(x, log_a, initial_state)
     if _on_kernels(x, dtype):
-        return kernels.forward(x, log_a, initial_state, cu_seqlens, reverse, training)
+        return forward_kernel.forward(x, log_a, initial_state, cu_seqlens, reverse, training)
     if dtype == torch.float32 and compiled.takes((x, log_a)):
         h, final = compiled.forward(x, log_a, initial_state, cu_seqlens, reverse)
     else:
@@ -98,7 +99,7 @@ def _forward_fake(
     if _on_kernels(x, dtype):
         kept_dtype = torch.float32
         if training:
-            kept = kernels.checkpoints_shape(x, cu_seqlens)
+            kept = checkpoints_shape(x, cu_seqlens)
     final = x.new_empty(_states_shape(x, cu_seqlens), dtype=dtype)
     return x.new_empty(x.shape), final, x.new_empty(kept, dtype=kept_dtype)
 
