@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..checks import check_cu_seqlens_values, computing_dtype
-from . import portable
+from . import fused, portable
 
 _lib = torch.library.Library("scanweave", "FRAGMENT")
 _INPUTS = (
@@ -55,6 +55,9 @@ def _forward(
     if cu_seqlens is not None:
         check_cu_seqlens_values(cu_seqlens, v.shape[1])
     dtype = computing_dtype(*_flat(q, k, v, g, write, skip, initial_state))
+    if dtype == torch.float32 and fused.takes(v, g):
+        lists = (q, k, v, g, write, skip, initial_state)
+        return fused.forward(*lists, cu_seqlens, reverse, exclusive, shift, final)
     none = [None] * len(q)
     directions = zip(q, k, g or none, write or none, initial_state or none, reverse, strict=True)
     with torch.autocast(v.device.type, enabled=False):
@@ -88,6 +91,10 @@ def _backward(
 ) -> list[Tensor]:
     inputs = _flat(q, k, v, g, write, skip, initial_state)
     dtype = computing_dtype(*inputs)
+    if dtype == torch.float32 and fused.takes(v, g):
+        lists = (q, k, v, g, write, skip, initial_state)
+        flat = fused.backward(dout, dfinal, *lists, cu_seqlens, reverse, exclusive, shift)
+        return [grad.to(x.dtype) for grad, x in zip(flat, inputs, strict=True)]
     none = [None] * len(q)
     directions = zip(q, k, g or none, write or none, initial_state or none, reverse, strict=True)
     with torch.autocast(v.device.type, enabled=False):

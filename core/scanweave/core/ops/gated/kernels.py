@@ -1,0 +1,349 @@
+"""What the Triton kernels of the matrix-state scan share: chunks, sums of decays, precision.
+
+Tokens are cut into chunks at natural positions of every sequence, whatever the direction, so that
+both directions share tiles: a reverse scan walks the chunks from the last to the first, and its
+masks and sums are mirrored. Nothing is flipped, padded or permuted in memory.
+
+    sums   log2 decays of a chunk added up to each token, itself included, in scan order
+    walk   the state that enters every chunk (or the gradient that leaves it), `walk_kernel.py`
+    mix    outputs of a chunk from its own tokens and that state, `mix_kernel.py`
+    pair   gradients of q, k, decays and factors, `pair_kernel.py`
+
+The gradient of v is a scan as well, from the other end, with q and k in each other's place: the
+flag BACK of `walk` and `mix`. No atomics: what several programs add to is partial results.
+
+Letters: S sequences, M chunks of Q tokens, H heads, G groups, K keys, V values.
+"""
+# Triton's own language: constant branches, launch options
+# pyright: reportPossiblyUnboundVariable=false, reportCallIssue=false, reportArgumentType=false
+
+import functools
+import os
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..launch import LOG2_E, ceil_div, on_device, power_of_2
+
+# steps of a chunk: with operands of 16 bits, and of 32, of which half as many fit in registers
+CHUNK, WIDE_CHUNK = 64, 32
+# heads of one program of the sums
+SUM_HEADS = 16
+
+
+@triton.jit
+def chunk_of(slot, cu_ptr, table_ptr, chunks, length, CHUNK: tl.constexpr, PACKED: tl.constexpr):
+    """Sequence of a chunk, its batch row, first token, number of tokens, and place in it."""
+    if PACKED:
+        seq = tl.load(table_ptr + slot).to(tl.int64)
+        first = tl.load(cu_ptr + seq).to(tl.int64)
+        size = (tl.load(cu_ptr + seq + 1).to(tl.int64) - first).to(tl.int32)
+        return seq, seq * 0, first, size, (slot - first // CHUNK - seq).to(tl.int32)
+    else:
+        seq = slot // chunks
+        return seq, seq, seq * 0, length, (slot % chunks).to(tl.int32)
+
+
+@triton.jit
+def token_rows(place, size, SHIFT: tl.constexpr, REVERSE: tl.constexpr):
+    """Tokens that rows of a tile show and whether they exist; shifted, those scanned before."""
+    if SHIFT:
+        if REVERSE:
+            return place + 1, place + 1 < size
+        else:
+            return place - 1, (place >= 1) & (place < size)
+    else:
+        return place, place < size
+
+
+@triton.jit
+def load_sums(s_ptr, offs, CHUNK: tl.constexpr, REVERSE: tl.constexpr, EXCLUSIVE: tl.constexpr):
+    """Sums of a chunk's decays at its tokens, or at those scanned before."""
+    if EXCLUSIVE:
+        if REVERSE:
+            return tl.load(s_ptr + offs + 1, mask=offs + 1 < CHUNK, other=0.0)
+        else:
+            return tl.load(s_ptr + offs - 1, mask=offs >= 1, other=0.0)
+    else:
+        return tl.load(s_ptr + offs)
+
+
+@triton.jit
+def load_total(s_ptr, CHUNK: tl.constexpr, REVERSE: tl.constexpr):
+    """The sum over a whole chunk."""
+    if REVERSE:
+        return tl.load(s_ptr)
+    else:
+        return tl.load(s_ptr + CHUNK - 1)
+
+
+@triton.jit
+def dot(a, b, DOT: tl.constexpr, PRECISION: tl.constexpr):
+    """A matrix product with operands of one dtype, summed in float32."""
+    return tl.dot(a.to(DOT), b.to(DOT), input_precision=PRECISION)
+
+
+@triton.jit
+def _sums_of(
+    g_ptr,
+    w_ptr,
+    s_out,
+    w_out,
+    first,
+    place0,
+    size,
+    at,
+    offs_h,
+    heads,
+    stride_gl,
+    stride_gh,
+    stride_wl,
+    stride_wh,
+    REVERSE: tl.constexpr,
+    HAS_G: tl.constexpr,
+    HAS_W: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    step = tl.arange(0, CHUNK)
+    row = CHUNK - 1 - step if REVERSE else step
+    place = place0 + row
+    mask = (place < size)[:, None] & (offs_h < heads)[None, :]
+    token = (first + place)[:, None]
+    # (M, H, Q): a chunk of one head is adjacent for the other kernels
+    target = (at + offs_h)[None, :] * CHUNK + row[:, None]
+    keep = (offs_h < heads)[None, :] & (row >= 0)[:, None]
+    if HAS_G:
+        g = tl.load(g_ptr + token * stride_gl + offs_h[None, :] * stride_gh, mask=mask, other=0.0)
+        tl.store(s_out + target, tl.cumsum(g.to(tl.float32) * LOG2_E, 0), mask=keep)
+    if HAS_W:
+        w = tl.load(w_ptr + token * stride_wl + offs_h[None, :] * stride_wh, mask=mask, other=0.0)
+        tl.store(w_out + target, w.to(tl.float32), mask=keep)
+
+
+@triton.jit
+def _sums_kernel(
+    g0_ptr,
+    w0_ptr,
+    s0_ptr,
+    f0_ptr,
+    g1_ptr,
+    w1_ptr,
+    s1_ptr,
+    f1_ptr,
+    cu_ptr,
+    table_ptr,
+    chunks,
+    length,
+    heads,
+    stride_g0b,
+    stride_g0l,
+    stride_g0h,
+    stride_w0b,
+    stride_w0l,
+    stride_w0h,
+    stride_g1b,
+    stride_g1l,
+    stride_g1h,
+    stride_w1b,
+    stride_w1l,
+    stride_w1h,
+    DIRECTIONS: tl.constexpr,
+    REVERSE: tl.constexpr,
+    HAS_G: tl.constexpr,
+    HAS_W: tl.constexpr,
+    PACKED: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    slot = tl.program_id(0).to(tl.int64)
+    _, batch, first, size, c = chunk_of(slot, cu_ptr, table_ptr, chunks, length, CHUNK, PACKED)
+    offs_h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    _sums_of(
+        g0_ptr + batch * stride_g0b,
+        w0_ptr + batch * stride_w0b,
+        s0_ptr,
+        f0_ptr,
+        first,
+        c * CHUNK,
+        size,
+        slot * heads,
+        offs_h,
+        heads,
+        stride_g0l,
+        stride_g0h,
+        stride_w0l,
+        stride_w0h,
+        REVERSE,
+        HAS_G,
+        HAS_W,
+        CHUNK,
+    )
+    if DIRECTIONS == 2:
+        _sums_of(
+            g1_ptr + batch * stride_g1b,
+            w1_ptr + batch * stride_w1b,
+            s1_ptr,
+            f1_ptr,
+            first,
+            c * CHUNK,
+            size,
+            slot * heads,
+            offs_h,
+            heads,
+            stride_g1l,
+            stride_g1h,
+            stride_w1l,
+            stride_w1h,
+            True,
+            HAS_G,
+            HAS_W,
+            CHUNK,
+        )
+
+
+class Frame(NamedTuple):
+    """Chunks of all sequences, and what every kernel takes of them."""
+
+    chunk: int  # Q
+    sequences: int
+    chunks: int  # of a dense row
+    slots: int  # chunks in all; packed, an upper bound
+    length: int
+    cu_seqlens: Tensor | None
+    table: Tensor | None  # (M,) sequence of every chunk
+    single: bool  # no sequence has more than one chunk
+
+    def arguments(self) -> tuple[Tensor | None, Tensor | None, int, int]:
+        """cu_ptr, table_ptr, chunks, length."""
+        return self.cu_seqlens, self.table, self.chunks, self.length
+
+
+def frame_of(v: Tensor, cu_seqlens: Tensor | None, chunk: int) -> Frame:
+    """Chunks of a dense batch (B, L), or of packed sequences; no size depends on values."""
+    batch, length = v.shape[:2]
+    if cu_seqlens is None:
+        chunks = ceil_div(length, chunk)
+        return Frame(chunk, batch, chunks, batch * chunks, length, None, None, chunks <= 1)
+    # sequence s owns the chunks from cu[s] // Q + s on, at least as many as it needs
+    count = cu_seqlens.shape[0] - 1
+    slots = length // chunk + count
+    starts = torch.div(cu_seqlens, chunk, rounding_mode="floor")
+    many = starts.diff() + 1
+    table = torch.repeat_interleave(many, output_size=slots)
+    return Frame(chunk, count, 0, slots, length, cu_seqlens, table.int(), False)
+
+
+class Direction(NamedTuple):
+    """One direction's tensors: inputs, sums (M, H, Q) of decays and factors as laid out."""
+
+    q: Tensor
+    k: Tensor
+    sums: Tensor | None
+    factors: Tensor | None
+    reverse: bool
+
+
+def strides(v: Tensor | None, count: int) -> tuple[int, ...]:
+    """The first strides of a tensor, zeros where there is none."""
+    return (0,) * count if v is None else v.stride()[:count]
+
+
+def sums_of(
+    frame: Frame,
+    v: Tensor,
+    g: list[Tensor],
+    write: list[Tensor],
+    reverse: list[bool],
+) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """Running sums of log2 decays and factors of every direction, (M, H, Q) float32 each."""
+    count, heads = len(reverse), v.shape[2]
+
+    def buffers(given: list[Tensor]) -> list[Tensor | None]:
+        if not given:
+            return [None] * count
+        shape = (frame.slots, heads, frame.chunk)
+        return [torch.empty(shape, dtype=torch.float32, device=v.device) for _ in given]
+
+    sums, factors = buffers(g), buffers(write)
+    if frame.slots and (g or write):
+        last = count - 1
+        gs, ws = g or [None] * count, write or [None] * count
+        pointers = [gs[0], ws[0], sums[0], factors[0], gs[last], ws[last], sums[last]]
+        with on_device(v):
+            _sums_kernel[(frame.slots, ceil_div(heads, SUM_HEADS))](
+                # absent tensors are never read, but pointers are moved
+                *(v if p is None else p for p in (*pointers, factors[last])),
+                *frame.arguments(),
+                heads,
+                *strides(gs[0], 3),
+                *strides(ws[0], 3),
+                *strides(gs[last], 3),
+                *strides(ws[last], 3),
+                DIRECTIONS=count,
+                REVERSE=reverse[0],
+                HAS_G=bool(g),
+                HAS_W=bool(write),
+                PACKED=frame.cu_seqlens is not None,
+                CHUNK=frame.chunk,
+                BLOCK_H=SUM_HEADS,
+                num_warps=4,
+                enable_fp_fusion=True,
+            )
+    return sums, factors
+
+
+class Precision(NamedTuple):
+    """Operands of matrix products, how float32 ones multiply, dtype of states, steps of a chunk."""
+
+    operand: Any
+    name: str
+    state: torch.dtype
+    chunk: int
+
+
+def precision_of(q: list[Tensor], k: list[Tensor], v: Tensor) -> Precision:
+    """bfloat16 products for bfloat16 inputs, close to float32 ones for float32 inputs.
+
+    Products of float16 run in TF32, as many digits and the range of float32: states of a long
+    memory pass 65504.
+    """
+    dtypes = {u.dtype for u in (*q, *k, v)}
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        # the interpreter multiplies bfloat16 operands as if they were integers
+        return Precision(tl.float32, "ieee", torch.float32, WIDE_CHUNK)
+    if dtypes == {torch.bfloat16}:
+        return Precision(tl.bfloat16, "tf32", torch.bfloat16, CHUNK)
+    if torch.version.hip is not None:
+        return Precision(tl.float32, "ieee", torch.float32, WIDE_CHUNK)
+    exact = torch.float32 in dtypes
+    return Precision(tl.float32, "tf32x3" if exact else "tf32", torch.float32, WIDE_CHUNK)
+
+
+class Plan(NamedTuple):
+    """Tiles: keys and values of a block, and how many blocks."""
+
+    block_k: int
+    block_v: int
+    key_blocks: int
+    value_blocks: int
+
+
+def plan_of(q: Tensor, v: Tensor, precision: Precision, most_k: int, most_v: int) -> Plan:
+    """Blocks of powers of 2, at least 16; half as many float32 keys fit."""
+    if precision.operand != tl.bfloat16:
+        most_k, most_v = min(most_k, 64), min(most_v, 64)
+    keys, width = q.shape[3], v.shape[3]
+    block_k = max(16, min(most_k, power_of_2(keys)))
+    block_v = max(16, min(most_v, power_of_2(width)))
+    return Plan(block_k, block_v, ceil_div(keys, block_k), ceil_div(width, block_v))
+
+
+@functools.lru_cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of the GPU; under the interpreter as on an H100."""
+    if device.type != "cuda":
+        return 132
+    return torch.cuda.get_device_properties(device).multi_processor_count
