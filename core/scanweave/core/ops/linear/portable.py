@@ -9,6 +9,7 @@ length (`selective.portable.TimeMajor`), so that no row meets another one's valu
 Letters: L length, R rows, T tokens or steps a segment, K segments, D channels, S sequences.
 """
 
+import itertools
 import math
 
 import torch
@@ -152,36 +153,62 @@ def _from_time(v: Tensor, reverse: bool) -> Tensor:
     return (v.flip(0) if reverse else v).transpose(0, 1).contiguous()
 
 
-class _Packed:
-    """Packed sequences in the order of steps, and where each row's neighbours are."""
+class Steps:
+    """Tokens in the order of steps, and where each row's neighbours are."""
+
+    def __init__(
+        self,
+        batch: int,
+        length: int,
+        reverse: bool,
+        cu_seqlens: Tensor | None,
+        device: torch.device,
+    ) -> None:
+        self.layout = time_major(batch, length, reverse, cu_seqlens, device)
+        offsets = self.layout.offsets
+        self.spans = [slice(a, b) for a, b in itertools.pairwise(offsets)]
+        if cu_seqlens is None:
+            lengths = torch.full((batch,), length, device=device)
+        else:
+            assert self.layout.rows is not None
+            lengths = cu_seqlens.diff().long()[self.layout.rows]
+        # rows that have a token
+        self.alive = offsets[1] if len(offsets) > 1 else 0
+        starts = torch.tensor(offsets, device=device)
+        row = torch.arange(self.alive, device=device)
+        # the last token of each of them, and the token before each token of later steps
+        self.last = starts[lengths[: self.alive] - 1] + row
+        token = torch.arange(offsets[-1], device=device)
+        step = torch.bucketize(token, starts, right=True) - 1
+        self.before = (token - starts[step] + starts[(step - 1).clamp(min=0)])[self.alive :]
+
+    def previous(self, v: Tensor, first: Tensor) -> Tensor:
+        """What was before each token of v (T, ...): `first` (S, ...) before the first ones."""
+        return torch.cat([first[: self.alive], v[self.before]])
+
+    def time(self, v: Tensor, dtype: torch.dtype) -> Tensor:
+        """(B, L, ...) -> (T, ...), a copy."""
+        moved = self.layout.to_time(v)
+        return moved.to(dtype, copy=moved.data_ptr() == v.data_ptr())
+
+
+class _Packed(Steps):
+    """Packed sequences and their decays."""
 
     def __init__(
         self, x: Tensor, log_a: Tensor, cu_seqlens: Tensor, reverse: bool, dtype: torch.dtype
     ) -> None:
-        self.layout = time_major(1, x.shape[1], reverse, cu_seqlens, x.device)
-        offsets = self.layout.offsets
-        self.spans = [slice(a, b) for a, b in zip(offsets, offsets[1:], strict=False)]
+        super().__init__(1, x.shape[1], reverse, cu_seqlens, x.device)
         decay = torch.exp(log_a.to(dtype))
         self.constant = log_a.ndim == 1
         self.decay = decay if self.constant else self.layout.to_time(decay)
-        rows = self.layout.rows
-        assert rows is not None
-        lengths = cu_seqlens.diff().long()[rows]
-        self.alive = int((lengths > 0).sum())
-        starts = torch.tensor(offsets, device=x.device)
-        row = torch.arange(self.alive, device=x.device)
-        # the last token of every row that has one, and the token before each token of later steps
-        self.last = starts[lengths[: self.alive] - 1] + row
-        token = torch.arange(x.shape[1], device=x.device)
-        step = torch.bucketize(token, starts, right=True) - 1
-        self.before = (token - starts[step] + starts[(step - 1).clamp(min=0)])[self.alive :]
 
     def factor(self, span: slice) -> Tensor:
         return self.decay if self.constant else self.decay[span]
 
 
 def _packed_states(inp: _Packed, x: Tensor, first: Tensor, dtype: torch.dtype) -> Tensor:
-    h = inp.layout.to_time(x).to(dtype)  # gathered, so a copy
+    h = inp.time(x, dtype)
     previous = first
     for span in inp.spans:
         now = h[span]
@@ -226,13 +253,13 @@ def _packed_backward(
     layout = inp.layout
     first = _first(inp, x, initial_state, dtype)
     h = _packed_states(inp, x, first, dtype)
-    s = layout.to_time(dh).to(dtype)
+    s = inp.time(dh, dtype)
     e = torch.zeros_like(first) if dfinal is None else layout.to_rows(dfinal.to(dtype))
     s[inp.last] += e[: inp.alive]
     for span, after in zip(inp.spans[-2::-1], inp.spans[:0:-1], strict=True):
         later = s[after]
         s[span][: later.shape[0]].addcmul_(inp.factor(after).conj(), later)
-    carried = inp.decay * torch.cat([first[: inp.alive], h[inp.before]])
+    carried = inp.decay * inp.previous(h, first)
     dlog_a = s * carried.conj()
     dlog_a = dlog_a.sum(0) if inp.constant else layout.from_time(dlog_a)
     if inp.alive:

@@ -1,0 +1,149 @@
+"""Depthwise convolution with a kernel as long as the sequence, through the Fourier transform.
+
+    y[t] = sum_j kernel[j] x[t - j] + sum_j kernel_back[j] x[t + j] + D x[t] ;  out[t] = y[t] gate[t]
+
+O(L log L) in place of O(L^2). Composed of PyTorch's own transforms, so every derivative exists.
+Transforms are float32, or float64 if an input is, under autocast too. Rounding in a transform
+spreads over all of its length: outputs depend on later inputs by about 5e-7 of the largest one.
+
+Letters: B batch, L length, D channels, K taps.
+"""
+
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from ..checks import check_tensor, computing_dtype
+
+
+def transform_size(length: int) -> int:
+    """The least even size without prime factors over 5 that is at least `length`."""
+    sizes = []
+    for odd in (1, 3, 5, 9, 15):
+        size = 2 * odd
+        while size < length:
+            size *= 2
+        sizes.append(size)
+    return min(sizes)
+
+
+def convolve(x: Tensor, kernel: Tensor, kernel_back: Tensor | None, length: int) -> Tensor:
+    """The convolution alone: the last `length` outputs.
+
+    Args:
+        x: Inputs, (..., T, D), float32 or float64.
+        kernel: Taps of the past, (D, K).
+        kernel_back: Taps of the future, (D, K').
+        length: How many outputs.
+    """
+    total = x.shape[-2]
+    kernel = kernel[:, :total]
+    reach = kernel.shape[1]
+    if kernel_back is not None:
+        kernel_back = kernel_back[:, :total]
+        reach = max(reach, kernel_back.shape[1])
+    # what wraps around reaches only places that are cut off
+    size = transform_size(total + max(reach - 1, 0))
+    spectrum = torch.fft.rfft(kernel.t(), n=size, dim=0)
+    if kernel_back is not None:
+        spectrum = spectrum + torch.fft.rfft(kernel_back.t(), n=size, dim=0).conj()
+    y = torch.fft.irfft(torch.fft.rfft(x, n=size, dim=-2) * spectrum, n=size, dim=-2)
+    return y[..., total - length : total, :]
+
+
+@overload
+def fft_conv(*args: Any, return_final_state: Literal[False] = False, **kwargs: Any) -> Tensor: ...
+
+
+@overload
+def fft_conv(
+    *args: Any, return_final_state: Literal[True], **kwargs: Any
+) -> tuple[Tensor, Tensor]: ...
+
+
+def fft_conv(
+    x: Tensor,
+    kernel: Tensor,
+    D: Tensor | None = None,
+    gate: Tensor | None = None,
+    *,
+    kernel_back: Tensor | None = None,
+    reverse: bool = False,
+    initial_state: Tensor | None = None,
+    return_final_state: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Convolve every channel with its own kernel of any length, causally or to both sides.
+
+    Args:
+        x: Inputs, (B, L, D), real.
+        kernel: Taps, (D, K): kernel[:, j] weighs the input j steps before.
+        D: Skip weights, (D,), added to the tap of lag 0.
+        gate: Multiplies the result, (B, L, D).
+        kernel_back: Taps of the future, (D, K'): kernel_back[:, j] weighs the input j steps
+            after; lag 0 is in both kernels. Not with states.
+        reverse: Turn the direction around: kernel[:, j] weighs the input j steps after.
+        initial_state: The K - 1 inputs before the first (with `reverse` those behind the last one,
+            the farthest first), (B, K - 1, D).
+        return_final_state: Also return the last K - 1 inputs, with which a next piece continues.
+
+    Returns:
+        Outputs (B, L, D) in the dtype of x; with `return_final_state` also (B, K - 1, D). For
+        kernels of diagonal state-space models, `diagonal_ssm` has states that do not grow with K.
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit.
+
+    Example:
+        >>> fft_conv(torch.eye(4)[:1, :, None], torch.tensor([[1.0, 0.5]])).flatten().tolist()
+        [1.0, 0.5, 0.0, 0.0]
+
+    Source: Fu et al. 2023 (H3), arXiv 2212.14052, section 3.3; Poli et al. 2023 (Hyena),
+    arXiv 2302.10866, section 3.
+    """
+    if not isinstance(x, Tensor) or x.ndim != 3:
+        got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"x must be (B, L, D), got {got}")
+    check_tensor("x", x, tuple(x.shape), x, "(B, L, D)")
+    batch, length, dim = x.shape
+    for name, v in (("kernel", kernel), ("kernel_back", kernel_back)):
+        if v is None and name == "kernel_back":
+            continue
+        if not isinstance(v, Tensor) or v.ndim != 2 or v.shape[1] < 1:
+            got = tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__
+            raise ValueError(f"{name} must be (D, K) with at least one tap, got {got}")
+        check_tensor(name, v, (dim, v.shape[1]), x, "(D, K)")
+    if D is not None:
+        check_tensor("D", D, (dim,), x, "(D,)")
+    if gate is not None:
+        check_tensor("gate", gate, tuple(x.shape), x, "(B, L, D)")
+    past = kernel.shape[1] - 1
+    if kernel_back is not None and (initial_state is not None or return_final_state):
+        raise ValueError("kernel_back must be None with states: a state holds only the past")
+    if initial_state is not None:
+        check_tensor("initial_state", initial_state, (batch, past, dim), x, "(B, K - 1, D)")
+    dtype = computing_dtype(x, kernel, D, gate, kernel_back, initial_state)
+    with torch.autocast(x.device.type, enabled=False):
+        xs = x.to(dtype)
+        turned = xs.flip(1) if reverse else xs
+        whole = turned
+        if initial_state is not None:
+            whole = torch.cat([initial_state.to(dtype), turned], 1)
+        if x.numel() == 0:
+            y = turned
+        else:
+            taps_back = None if kernel_back is None else kernel_back.to(dtype)
+            y = convolve(whole, kernel.to(dtype), taps_back, length)
+        if reverse:
+            y = y.flip(1)
+        if D is not None:
+            y = y + D.to(dtype) * xs
+        if gate is not None:
+            y = y * gate.to(dtype)
+        out = y.to(x.dtype)
+        if not return_final_state:
+            return out
+        missing = past - whole.shape[1]
+        if missing > 0:
+            whole = torch.cat([whole.new_zeros(batch, missing, dim), whole], 1)
+        return out, whole[:, whole.shape[1] - past :].to(x.dtype)

@@ -1,0 +1,419 @@
+"""The exponentially weighted average in Triton: one program a sequence and block of channels.
+
+A channel a thread, step by step, all logarithms to base 2. A training step keeps the state every
+CHUNK steps; the backward walks the chunks from the last to the first, computes a chunk's states
+again and carries the gradient through it. No atomics: sums over sequences are added by PyTorch.
+
+Letters: S sequences, D channels. Equations: `reference.py` and `portable.backward`.
+"""
+# Triton's own language: constant branches, static ranges, launch options
+# pyright: reportPossiblyUnboundVariable=false, reportGeneralTypeIssues=false, reportCallIssue=false
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportIndexIssue=false
+# pyright: reportAttributeAccessIssue=false, reportAssignmentType=false
+# ruff: noqa: RUF005
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..launch import LN_2, LOG2_E, adjacent, ceil_div, on_device, power_of_2
+from ..linear.kernels import kept_before, load_rows, part_of
+
+# 12 bytes of state per 8 steps
+CHUNK = 8
+
+
+@triton.jit
+def power(v, scale):
+    """2 to the v - scale; 0 for v = -inf and 1 for two +inf, where the difference is NaN."""
+    same = tl.where(v == float("-inf"), v, 0.0)
+    return tl.exp2(tl.where(v == scale, same, v - scale))
+
+
+@triton.jit
+def add_token(n, d, m, k, v, w):
+    """The state after a token."""
+    moved = m + w
+    top = tl.maximum(moved, k)
+    past = power(moved, top)
+    now = power(k, top)
+    return past * n + now * v, past * d + now, top
+
+
+@triton.jit
+def ratio(a, b):
+    """a / b, 0 where nothing was seen."""
+    return tl.where(b == 0.0, 0.0, a / tl.where(b == 0.0, 1.0, b))
+
+
+@triton.jit
+def _load_state(ptr, dim, mask):
+    n = tl.load(ptr, mask=mask, other=0.0).to(tl.float32)
+    d = tl.load(ptr + dim, mask=mask, other=0.0).to(tl.float32)
+    m = tl.load(ptr + 2 * dim, mask=mask, other=float("-inf")).to(tl.float32)
+    return n, d, m
+
+
+@triton.jit
+def _store_state(ptr, dim, n, d, m, mask):
+    tl.store(ptr, n, mask=mask)
+    tl.store(ptr + dim, d, mask=mask)
+    tl.store(ptr + 2 * dim, m, mask=mask)
+
+
+@triton.jit
+def _forward_kernel(
+    k_ptr,
+    v_ptr,
+    w_ptr,
+    u_ptr,
+    h0_ptr,  # (S, 3, D)
+    cu_ptr,
+    y_ptr,  # (B, L, D)
+    final_ptr,  # (S, 3, D)
+    keep_ptr,  # (chunks, 3, D), m to base 2
+    length,
+    tokens,
+    dim,
+    blocks,
+    stride_kb,
+    stride_kl,
+    stride_vb,
+    stride_vl,
+    stride_wb,
+    stride_wl,
+    CONSTANT: tl.constexpr,
+    HAS_BONUS: tl.constexpr,
+    HAS_H0: tl.constexpr,
+    PACKED: tl.constexpr,
+    REVERSE: tl.constexpr,
+    KEEP: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    pid_s, _, pid_d, row, first, steps, _, count = part_of(
+        tl.program_id(0), cu_ptr, length, blocks, PACKED, 1, CHUNK
+    )
+    offs = pid_d * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask_d = offs < dim
+    n = tl.zeros([BLOCK_D], tl.float32)
+    d = tl.zeros([BLOCK_D], tl.float32)
+    m = tl.full([BLOCK_D], float("-inf"), tl.float32)
+    if HAS_H0:
+        n, d, m = _load_state(h0_ptr + pid_s * 3 * dim + offs, dim, mask_d)
+        m *= LOG2_E
+    ahead: tl.constexpr = -1 if REVERSE else 1
+    place = first + (steps - 1 if REVERSE else 0)
+    k_at = k_ptr + row * stride_kb + place * stride_kl + offs
+    v_at = v_ptr + row * stride_vb + place * stride_vl + offs
+    w_at = w_ptr + row * stride_wb + place * stride_wl + offs
+    y_at = y_ptr + (row * tokens + place) * dim + offs
+    keep_at = keep_ptr + kept_before(pid_s, first, length, PACKED, CHUNK) * 3 * dim + offs
+    if HAS_BONUS:
+        u = tl.load(u_ptr + offs, mask=mask_d, other=0.0).to(tl.float32) * LOG2_E
+    if CONSTANT:
+        fixed = tl.load(w_ptr + offs, mask=mask_d, other=0.0).to(tl.float32) * LOG2_E
+    for c in range(tl.cdiv(count, CHUNK)):
+        left = count - c * CHUNK
+        ks, _ = load_rows(k_at, ahead * stride_kl, left, mask_d, float("-inf"), True, False, CHUNK)
+        vs, _ = load_rows(v_at, ahead * stride_vl, left, mask_d, 0.0, True, False, CHUNK)
+        if not CONSTANT:
+            ws, _ = load_rows(w_at, ahead * stride_wl, left, mask_d, 0.0, True, False, CHUNK)
+        if KEEP:
+            _store_state(keep_at, dim, n, d, m, mask_d)
+        for i in tl.static_range(CHUNK):
+            k = ks[i].to(tl.float32) * LOG2_E
+            v = vs[i].to(tl.float32)
+            if CONSTANT:
+                w = tl.where(i < left, fixed, 0.0)
+            else:
+                w = ws[i].to(tl.float32) * LOG2_E
+            if HAS_BONUS:
+                top = tl.maximum(m, u + k)
+                past = power(m, top)
+                now = power(u + k, top)
+                y = ratio(past * n + now * v, past * d + now)
+                n, d, m = add_token(n, d, m, k, v, w)
+            else:
+                n, d, m = add_token(n, d, m, k, v, w)
+                y = ratio(n, d)
+            mask = tl.where(i < left, mask_d, False)
+            tl.store(y_at + i * ahead * dim, y.to(y_ptr.dtype.element_ty), mask=mask)
+        k_at += CHUNK * ahead * stride_kl
+        v_at += CHUNK * ahead * stride_vl
+        w_at += CHUNK * ahead * stride_wl
+        y_at += CHUNK * ahead * dim
+        keep_at += 3 * dim
+    _store_state(final_ptr + pid_s * 3 * dim + offs, dim, n, d, m * LN_2, mask_d)
+
+
+@triton.jit
+def _backward_kernel(
+    g_ptr,  # gradient of y
+    k_ptr,
+    v_ptr,
+    w_ptr,
+    u_ptr,
+    h0_ptr,
+    dfinal_ptr,  # (S, 3, D)
+    cu_ptr,
+    keep_ptr,
+    dk_ptr,  # (B, L, D)
+    dv_ptr,
+    dw_ptr,  # (B, L, D), or (S, D) of constant decays
+    du_ptr,  # (S, D)
+    dh0_ptr,  # (S, 3, D)
+    length,
+    tokens,
+    dim,
+    blocks,
+    stride_gb,
+    stride_gl,
+    stride_kb,
+    stride_kl,
+    stride_vb,
+    stride_vl,
+    stride_wb,
+    stride_wl,
+    CONSTANT: tl.constexpr,
+    HAS_BONUS: tl.constexpr,
+    HAS_H0: tl.constexpr,
+    HAS_DFINAL: tl.constexpr,
+    PACKED: tl.constexpr,
+    REVERSE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    pid_s, _, pid_d, row, first, steps, _, count = part_of(
+        tl.program_id(0), cu_ptr, length, blocks, PACKED, 1, CHUNK
+    )
+    offs = pid_d * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask_d = offs < dim
+    state = pid_s * 3 * dim + offs
+    infinite = tl.full([BLOCK_D], float("inf"), tl.float32)
+    en = tl.zeros([BLOCK_D], tl.float32)
+    ed = tl.zeros([BLOCK_D], tl.float32)
+    em = tl.zeros([BLOCK_D], tl.float32)
+    if HAS_DFINAL:
+        en, ed, em = _load_state(dfinal_ptr + state, dim, mask_d)
+    low = infinite
+    dw_sum = tl.zeros([BLOCK_D], tl.float32)
+    du_sum = tl.zeros([BLOCK_D], tl.float32)
+    ahead: tl.constexpr = -1 if REVERSE else 1
+    chunks = tl.cdiv(count, CHUNK)
+    kept = kept_before(pid_s, first, length, PACKED, CHUNK)
+    if HAS_BONUS:
+        u = tl.load(u_ptr + offs, mask=mask_d, other=0.0).to(tl.float32) * LOG2_E
+    if CONSTANT:
+        fixed = tl.load(w_ptr + offs, mask=mask_d, other=0.0).to(tl.float32) * LOG2_E
+    for c in range(chunks):
+        start = (chunks - 1 - c) * CHUNK
+        left = count - start
+        place = first + (steps - 1 - start if REVERSE else start)
+        k_at = k_ptr + row * stride_kb + place * stride_kl + offs
+        v_at = v_ptr + row * stride_vb + place * stride_vl + offs
+        g_at = g_ptr + row * stride_gb + place * stride_gl + offs
+        ks, _ = load_rows(k_at, ahead * stride_kl, left, mask_d, float("-inf"), True, False, CHUNK)
+        vs, _ = load_rows(v_at, ahead * stride_vl, left, mask_d, 0.0, True, False, CHUNK)
+        gs, _ = load_rows(g_at, ahead * stride_gl, left, mask_d, 0.0, True, False, CHUNK)
+        if not CONSTANT:
+            w_at = w_ptr + row * stride_wb + place * stride_wl + offs
+            ws, _ = load_rows(w_at, ahead * stride_wl, left, mask_d, 0.0, True, False, CHUNK)
+        keep_at = keep_ptr + (kept + chunks - 1 - c) * 3 * dim + offs
+        n, d, m = _load_state(keep_at, dim, mask_d)
+        n_rows = (n,)
+        d_rows = (d,)
+        m_rows = (m,)
+        for i in tl.static_range(CHUNK):
+            if CONSTANT:
+                w = tl.where(i < left, fixed, 0.0)
+            else:
+                w = ws[i].to(tl.float32) * LOG2_E
+            n, d, m = add_token(n, d, m, ks[i].to(tl.float32) * LOG2_E, vs[i].to(tl.float32), w)
+            n_rows = n_rows + (n,)
+            d_rows = d_rows + (d,)
+            m_rows = m_rows + (m,)
+        if HAS_DFINAL:  # the gradients of the final state are on its scale
+            low = tl.where((c == 0) & (m != float("-inf")), m, low)
+        out = (row * tokens + place) * dim + offs
+        for j in tl.static_range(CHUNK):
+            k = ks[CHUNK - 1 - j].to(tl.float32) * LOG2_E
+            v = vs[CHUNK - 1 - j].to(tl.float32)
+            g = gs[CHUNK - 1 - j].to(tl.float32)
+            n = n_rows[CHUNK - 1 - j]
+            d = d_rows[CHUNK - 1 - j]
+            m = m_rows[CHUNK - 1 - j]
+            real = CHUNK - 1 - j < left
+            if CONSTANT:
+                w = tl.where(real, fixed, 0.0)
+            else:
+                w = ws[CHUNK - 1 - j].to(tl.float32) * LOG2_E
+            if HAS_BONUS:
+                top = tl.maximum(m, u + k)
+                past = power(m, top)
+                now = power(u + k, top)
+                total = past * d + now
+                y = ratio(past * n + now * v, total)
+            else:
+                top = m_rows[CHUNK - j]
+                total = d_rows[CHUNK - j]
+                y = ratio(n_rows[CHUNK - j], total)
+            g = ratio(g, total)
+            # a read of nothing sends nothing back, on any scale
+            top = tl.where(total == 0.0, infinite, top)
+            if not HAS_BONUS:
+                least = tl.minimum(low, top)
+                en = en * power(least, low) + g * power(least, top)
+                ed = ed * power(least, low) - y * g * power(least, top)
+                low = least
+            weight = power(k, low)
+            dv = weight * en
+            dk = weight * (v * en + ed)
+            dw = power(m + w, low) * (n * en + d * ed)
+            low -= w
+            if HAS_BONUS:
+                dv += now * g
+                read_k = now * g * (v - y)
+                dk += read_k
+                du_sum += read_k
+                least = tl.minimum(low, top)
+                en = en * power(least, low) + g * power(least, top)
+                ed = ed * power(least, low) - y * g * power(least, top)
+                low = least
+            mask = tl.where(real, mask_d, False)
+            at = out + (CHUNK - 1 - j) * ahead * dim
+            tl.store(dk_ptr + at, dk.to(dk_ptr.dtype.element_ty), mask=mask)
+            tl.store(dv_ptr + at, dv.to(dv_ptr.dtype.element_ty), mask=mask)
+            if CONSTANT:
+                dw_sum += tl.where(real, dw, 0.0)
+            else:
+                tl.store(dw_ptr + at, dw.to(dw_ptr.dtype.element_ty), mask=mask)
+    if CONSTANT:
+        tl.store(dw_ptr + pid_s * dim + offs, dw_sum, mask=mask_d)
+    if HAS_BONUS:
+        tl.store(du_ptr + pid_s * dim + offs, du_sum, mask=mask_d)
+    if HAS_H0:
+        n, d, m = _load_state(h0_ptr + state, dim, mask_d)
+        # a sequence without tokens hands its state on, with the gradient
+        scale = tl.where(count > 0, power(m * LOG2_E, low), 1.0)
+        en *= scale
+        ed *= scale
+        em = tl.where(count > 0, en * n + ed * d, em)
+        _store_state(dh0_ptr + state, dim, en, ed, em, mask_d)
+
+
+def checkpoints_shape(k: Tensor, cu_seqlens: Tensor | None) -> tuple[int, int, int]:
+    """Shape of the kept states: (at most this many chunks, 3, D)."""
+    batch, length, dim = k.shape
+    if cu_seqlens is None:
+        return batch * ((length + CHUNK - 1) // CHUNK), 3, dim
+    return length // CHUNK + cu_seqlens.shape[0] - 1, 3, dim
+
+
+def _strides(**tensors: Tensor) -> dict[str, int]:
+    strides = {}
+    for name, v in tensors.items():
+        constant = v.ndim == 1
+        strides[f"stride_{name}b"] = 0 if constant else v.stride(0)
+        strides[f"stride_{name}l"] = 0 if constant else v.stride(1)
+    return strides
+
+
+def _options(dim: int, **flags: bool) -> dict[str, bool | int]:
+    block_d = min(32, power_of_2(dim))
+    launch = {"num_warps": 1, "num_stages": 1, "enable_fp_fusion": True}
+    return {**flags, "CHUNK": CHUNK, "BLOCK_D": block_d, **launch}
+
+
+def forward(
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    bonus: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    reverse: bool,
+    keep_states: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Outputs (B, L, D), final states (S, 3, D), and the kept ones, empty unless `keep_states`."""
+    length, dim = k.shape[1:]
+    sequences = k.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    y = torch.empty_like(v, memory_format=torch.contiguous_format)
+    final = k.new_empty((sequences, 3, dim), dtype=torch.float32)
+    shape = checkpoints_shape(k, cu_seqlens) if keep_states else (0,)
+    # packed sequences rarely fill every chunk; what is left over must not be random
+    fresh = k.new_empty if cu_seqlens is None else k.new_zeros
+    kept = fresh(shape, dtype=torch.float32)
+    if final.numel() == 0:
+        return y, final, kept
+    k, v, w = adjacent(k), adjacent(v), adjacent(log_decay)
+    options = _options(
+        dim,
+        CONSTANT=w.ndim == 1,
+        HAS_BONUS=bonus is not None,
+        HAS_H0=initial_state is not None,
+        PACKED=cu_seqlens is not None,
+        REVERSE=reverse,
+        KEEP=keep_states,
+    )
+    blocks = ceil_div(dim, int(options["BLOCK_D"]))
+    with on_device(k):
+        _forward_kernel[(sequences * blocks,)](
+            *(k, v, w, None if bonus is None else bonus.contiguous()),
+            None if initial_state is None else initial_state.contiguous(),
+            None if cu_seqlens is None else adjacent(cu_seqlens),
+            *(y, final, kept, length, length, dim, blocks),
+            **_strides(k=k, v=v, w=w),
+            **options,
+        )
+    return y, final, kept
+
+
+def backward(
+    dy: Tensor,
+    dfinal: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    bonus: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    reverse: bool,
+    checkpoints: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of k, v, log_decay, bonus and the initial state."""
+    length, dim = k.shape[1:]
+    sequences = k.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    dk, dv = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (k, v))
+    constant = log_decay.ndim == 1
+    if constant:
+        dw = k.new_empty((sequences, dim), dtype=torch.float32)
+    else:
+        dw = torch.empty_like(log_decay, memory_format=torch.contiguous_format)
+    fresh = k.new_zeros if bonus is None else k.new_empty
+    du = fresh((sequences, dim), dtype=torch.float32)
+    dstate = k.new_empty((sequences, 3, dim), dtype=torch.float32)
+    if dstate.numel():
+        g, k, v, w = adjacent(dy), adjacent(k), adjacent(v), adjacent(log_decay)
+        options = _options(
+            dim,
+            CONSTANT=constant,
+            HAS_BONUS=bonus is not None,
+            HAS_H0=initial_state is not None,
+            HAS_DFINAL=dfinal is not None,
+            PACKED=cu_seqlens is not None,
+            REVERSE=reverse,
+        )
+        blocks = ceil_div(dim, int(options["BLOCK_D"]))
+        with on_device(k):
+            _backward_kernel[(sequences * blocks,)](
+                *(g, k, v, w, None if bonus is None else bonus.contiguous()),
+                None if initial_state is None else initial_state.contiguous(),
+                None if dfinal is None else dfinal.contiguous(),
+                None if cu_seqlens is None else adjacent(cu_seqlens),
+                *(checkpoints, dk, dv, dw, du, dstate, length, length, dim, blocks),
+                **_strides(g=g, k=k, v=v, w=w),
+                **options,
+            )
+    return dk, dv, dw.sum(0) if constant else dw, du.sum(0), dstate
