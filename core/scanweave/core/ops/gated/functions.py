@@ -56,16 +56,19 @@ def _check_direction(
         raise ValueError(f"q{suffix} must have groups that divide the {heads} heads, got {groups}")
     check_tensor(f"k{suffix}", k, tuple(q.shape), v, "(B, L, G, K)")
     if g is not None:
-        shapes = {
-            "(H,)": (heads,),
-            "(H, K)": (heads, keys),
-            "(B, L, H)": (batch, length, heads),
-            "(B, L, H, K)": (batch, length, heads, keys),
+        forms = {
+            1: ("(H,)", (heads,)),
+            2: ("(H, K)", (heads, keys)),
+            3: ("(B, L, H)", (batch, length, heads)),
+            4: ("(B, L, H, K)", (batch, length, heads, keys)),
         }
-        if not isinstance(g, Tensor) or tuple(g.shape) not in shapes.values():
+        if not isinstance(g, Tensor) or g.ndim not in forms:
             got = tuple(g.shape) if isinstance(g, Tensor) else type(g).__name__
-            raise ValueError(f"g{suffix} must be one of {shapes}, got {got}")
-        check_tensor(f"g{suffix}", g, tuple(g.shape), v, "")
+            raise ValueError(
+                f"g{suffix} must be (H,), (H, K), (B, L, H) or (B, L, H, K), got {got}"
+            )
+        letters, shape = forms[g.ndim]
+        check_tensor(f"g{suffix}", g, shape, v, letters)
         if g.ndim < 3:
             g = g.expand(batch, length, *g.shape)
     if write is not None:
