@@ -98,7 +98,7 @@ class Attention(Mixer):
                 )
 
     def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q (B, L, H, P), k and v (B, L, G, P)."""
+        """Heads of q, (B, L, H, P), of k and of v, (B, L, G, P)."""
         groups = self.num_kv_heads
         heads = self.in_proj(x).unflatten(-1, (-1, self.head_dim))
         q, k, v = heads.split([self.num_heads, groups, groups], 2)

@@ -101,7 +101,7 @@ def visible(
     mask: Tensor | None,
     device: torch.device,
 ) -> Tensor:
-    """Which key each query sees, (L, T) bool, or (B, L, T) with a mask; see `sequence_attention`."""
+    """Which key each query sees, (L, T) bool, or (B, L, T) with a mask."""
     key = torch.arange(keys, device=device)
     # the last ones; not a slice from the end, which a compiler cannot bound
     query = torch.arange(queries, device=device) + (keys - queries)
@@ -192,9 +192,7 @@ def _flex(
         i = i + past
         seen = real[b, j] & (sequence[b, i] == sequence[b, j])
         if window is not None:
-            seen = seen & (
-                ((place[b, i] - place[b, j]).abs() < window) | (place[b, j] < prefix)
-            )
+            seen = seen & (((place[b, i] - place[b, j]).abs() < window) | (place[b, j] < prefix))
         if causal:
             seen = seen & (j <= i)
         return seen | (i == j)

@@ -12,6 +12,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import re
 import shlex
 import shutil
 import stat
@@ -51,7 +52,8 @@ def load_library(source: Path) -> tuple[ctypes.CDLL, str]:
     """Compile `source` unless the cache has it, and load it.
 
     Args:
-        source: A C file that includes headers of its folder and of the system only.
+        source: A C file; beside the system's, it includes headers of its folder and, by name,
+            of others.
 
     Returns:
         The library, and a word on what it was made with.
@@ -64,7 +66,7 @@ def load_library(source: Path) -> tuple[ctypes.CDLL, str]:
     compiler = find_compiler()
     version = _run([*compiler, "--version"])
     folder = _open_cache()
-    headers = sorted(source.parent.glob("*.h"))
+    headers = sorted({*source.parent.glob("*.h"), *_included(source)})
     text = [v.read_bytes() for v in (source, *headers)]
     failure = ""
     for extra in EXTRA_FLAGS:
@@ -87,6 +89,12 @@ def load_library(source: Path) -> tuple[ctypes.CDLL, str]:
             # a cache on a file system without execution, or no OpenMP library to link with
             failure = f"{target} cannot be loaded ({error}); set SCANWEAVE_CACHE to another folder"
     raise BuildError(failure)
+
+
+def _included(source: Path) -> list[Path]:
+    """Headers that a C file includes from other folders."""
+    names = re.findall(r'^#include "(\.\./.+)"$', source.read_text(), re.MULTILINE)
+    return [(source.parent / name).resolve() for name in names]
 
 
 def find_compiler() -> list[str]:

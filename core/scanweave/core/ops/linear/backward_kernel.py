@@ -84,9 +84,7 @@ def _backward_window(
     for j in tl.static_range(CHUNK):
         s = gs[CHUNK - 1 - j].to(tl.float32) + e
         si = gis[CHUNK - 1 - j].to(tl.float32) + ei
-        da, dai = times_conjugate(
-            carried[CHUNK - 1 - j], carried_i[CHUNK - 1 - j], s, si, COMPLEX
-        )
+        da, dai = times_conjugate(carried[CHUNK - 1 - j], carried_i[CHUNK - 1 - j], s, si, COMPLEX)
         valid = CHUNK - 1 - j < left if TAIL else True
         mask = tl.where(valid, mask_d, False) if TAIL else mask_d
         at = (CHUNK - 1 - j) * next_out

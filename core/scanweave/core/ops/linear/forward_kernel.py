@@ -3,7 +3,6 @@
 # pyright: reportPossiblyUnboundVariable=false, reportGeneralTypeIssues=false, reportCallIssue=false
 # pyright: reportArgumentType=false, reportOperatorIssue=false, reportIndexIssue=false
 # pyright: reportAttributeAccessIssue=false, reportAssignmentType=false
-# ruff: noqa: RUF005
 
 import torch
 import triton
@@ -53,9 +52,8 @@ def _forward_window(
     PARTS: tl.constexpr = 2 if COMPLEX else 1
     for i in tl.static_range(WINDOW):
         mask = tl.where(i < left, mask_d, False) if TAIL else mask_d
-        if KEEP:
-            if i % CHUNK == 0:
-                store_pair(keep_at + i // CHUNK * dim * PARTS, h, hi, mask, COMPLEX)
+        if KEEP and i % CHUNK == 0:
+            store_pair(keep_at + i // CHUNK * dim * PARTS, h, hi, mask, COMPLEX)
         b, bi = decay_of(
             logs[0 if CONSTANT else i], logs_i[0 if CONSTANT else i], left, i, TAIL, COMPLEX
         )

@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import LOG2_E, adjacent, ceil_div, on_device, power_of_2
+from ..launch import LOG2_E, adjacent, ceil_div, power_of_2
 
 # one kept state per 16 steps: a quarter of a byte an element, 4% of a bfloat16 forward's traffic
 CHUNK = 16
@@ -105,6 +105,7 @@ def load_rows(
 
 @triton.jit
 def store_pair(ptr, re, im, mask, COMPLEX: tl.constexpr):
+    """Both parts, or the real one alone."""
     tl.store(ptr, re.to(ptr.dtype.element_ty), mask=mask)
     if COMPLEX:
         tl.store(ptr + 1, im, mask=mask)
@@ -224,9 +225,7 @@ def checkpoints_shape(x: Tensor, cu_seqlens: Tensor | None) -> tuple[int, ...]:
 class Call:
     """Tensors as kernels read them, and the arguments that all kernels share."""
 
-    def __init__(
-        self, x: Tensor, log_a: Tensor, cu_seqlens: Tensor | None, reverse: bool
-    ) -> None:
+    def __init__(self, x: Tensor, log_a: Tensor, cu_seqlens: Tensor | None, reverse: bool) -> None:
         self.sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         self.plan = plan_of(x, self.sequences)
         self.x, self.a = rows_of(x), rows_of(torch.exp(log_a) if log_a.is_complex() else log_a)

@@ -1,8 +1,8 @@
 """Linear scan as a torch operator: registration and gradients.
 
-The device of the tensors decides how it runs: real float32, bfloat16, float16 and complex64 through
-the Triton kernels on a GPU, the real ones through `compiled.py` on a CPU with a C compiler,
-everything else through `portable.py`. Registered as `selective/op.py` says. Equation: `reference.py`.
+The device of the tensors decides how it runs: float32, bfloat16, float16 and complex64 through the
+Triton kernels on a GPU, the real ones through `compiled.py` on a CPU with a C compiler, everything
+else through `portable.py`. Registered as `selective/op.py` says. Equation: `reference.py`.
 """
 
 import os
@@ -74,10 +74,8 @@ def _backward(
     else:
         grads = portable.scan_backward(*given)
     dx, dlog_a, dinitial = grads
-    if initial_state is None:
-        dinitial = dinitial.new_empty(0)
-    else:
-        dinitial = dinitial.to(initial_state.dtype)
+    absent = initial_state is None
+    dinitial = dinitial.new_empty(0) if absent else dinitial.to(initial_state.dtype)
     return dx.to(x.dtype, copy=dx is x), dlog_a.to(log_a.dtype), dinitial
 
 

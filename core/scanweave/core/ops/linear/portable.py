@@ -111,10 +111,7 @@ def run(x: Tensor, decay: Tensor, start: Tensor) -> Tensor:
         cut = cut.view(segments, steps, rows, dim).transpose(0, 1)
         inner, powers = cut[1:], cut.cumprod(0)
     _steps(h, inner)
-    if decay.ndim == 1:
-        last = powers[-1].expand(segments, rows, dim)
-    else:
-        last = powers[-1]
+    last = powers[-1].expand(segments, rows, dim)
     entering = torch.zeros_like(h[0])
     for k in range(1, segments):
         torch.addcmul(h[-1, k - 1], last[k - 1], entering[k - 1], out=entering[k])

@@ -6,7 +6,6 @@ Letters and cuts: `kernels.py`.
 # pyright: reportPossiblyUnboundVariable=false, reportGeneralTypeIssues=false, reportCallIssue=false
 # pyright: reportArgumentType=false, reportOperatorIssue=false, reportIndexIssue=false
 # pyright: reportAttributeAccessIssue=false, reportAssignmentType=false
-# ruff: noqa: RUF005
 
 import torch
 import triton
@@ -97,7 +96,7 @@ def _prefix_kernel(
     pi = tl.zeros([BLOCK_D], tl.float32)
     if CONSTANT:
         logs, logs_i = load_rows(a_at, 0, 0, mask_d, 0.0, False, COMPLEX, 1)
-    for w in range(count // WINDOW):
+    for _ in range(count // WINDOW):
         xs, xis = load_rows(x_at, next_x, 0, mask_d, 0.0, False, COMPLEX, WINDOW)
         if not CONSTANT:
             logs, logs_i = load_rows(a_at, next_a, 0, mask_d, ONE, False, COMPLEX, WINDOW)

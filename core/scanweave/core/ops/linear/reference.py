@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def state_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """What states and sums are kept in: complex if any input is, of 64-bit parts if any input is."""
+    """What states are kept in: complex if any input is, of 64-bit parts if any input is."""
     given = [v.dtype for v in tensors if v is not None]
     double = any(v in (torch.float64, torch.complex128) for v in given)
     if any(v.is_complex for v in given):

@@ -1,6 +1,7 @@
 """Depthwise convolution with a kernel as long as the sequence, through the Fourier transform.
 
-    y[t] = sum_j kernel[j] x[t - j] + sum_j kernel_back[j] x[t + j] + D x[t] ;  out[t] = y[t] gate[t]
+    y[t]   = sum_j kernel[j] x[t - j] + sum_j kernel_back[j] x[t + j] + D x[t]
+    out[t] = y[t] gate[t]
 
 O(L log L) in place of O(L^2). Composed of PyTorch's own transforms, so every derivative exists.
 Transforms are float32, or float64 if an input is, under autocast too. Rounding in a transform

@@ -94,10 +94,10 @@ def _chunks(
     y = convolve(x, kernel, None, steps)
     if state is None and count == 1 and not final:
         return y, None
-    ends = torch.einsum("bktd,dnt->bkdn", x.to(B.dtype), B.unsqueeze(-1) * powers[..., :-1].flip(-1))
-    ends, last = linear_scan(
-        ends, steps * log_a, initial_state=state, return_final_state=True
+    ends = torch.einsum(
+        "bktd,dnt->bkdn", x.to(B.dtype), B.unsqueeze(-1) * powers[..., :-1].flip(-1)
     )
+    ends, last = linear_scan(ends, steps * log_a, initial_state=state, return_final_state=True)
     if state is None:
         state = torch.zeros_like(last)
     entering = torch.cat([state.unsqueeze(1), ends[:, :-1]], 1)

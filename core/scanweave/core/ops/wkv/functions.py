@@ -16,9 +16,7 @@ from .op import Wkv
 from .reference import power, ratio
 
 
-def _check(
-    k: Tensor, v: Tensor, log_decay: Tensor, bonus: Tensor | None, letters: str
-) -> None:
+def _check(k: Tensor, v: Tensor, log_decay: Tensor, bonus: Tensor | None, letters: str) -> None:
     if not isinstance(k, Tensor) or k.ndim != letters.count(",") + 1:
         got = tuple(k.shape) if isinstance(k, Tensor) else type(k).__name__
         raise ValueError(f"k must be {letters}, got {got}")

@@ -10,7 +10,7 @@ Letters: S sequences, D channels. Equations: `reference.py` and `portable.backwa
 # pyright: reportPossiblyUnboundVariable=false, reportGeneralTypeIssues=false, reportCallIssue=false
 # pyright: reportArgumentType=false, reportOperatorIssue=false, reportIndexIssue=false
 # pyright: reportAttributeAccessIssue=false, reportAssignmentType=false
-# ruff: noqa: RUF005
+# ruff: noqa: RUF005, RUF059, SIM108
 
 import torch
 import triton
@@ -43,7 +43,7 @@ def add_token(n, d, m, k, v, w):
 
 @triton.jit
 def ratio(a, b):
-    """a / b, 0 where nothing was seen."""
+    """Quotient, 0 where nothing was seen."""
     return tl.where(b == 0.0, 0.0, a / tl.where(b == 0.0, 1.0, b))
 
 
@@ -92,7 +92,7 @@ def _forward_kernel(
     CHUNK: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    pid_s, _, pid_d, row, first, steps, _, count = part_of(
+    pid_s, segment, pid_d, row, first, steps, begin, count = part_of(
         tl.program_id(0), cu_ptr, length, blocks, PACKED, 1, CHUNK
     )
     offs = pid_d * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -116,10 +116,12 @@ def _forward_kernel(
         fixed = tl.load(w_ptr + offs, mask=mask_d, other=0.0).to(tl.float32) * LOG2_E
     for c in range(tl.cdiv(count, CHUNK)):
         left = count - c * CHUNK
-        ks, _ = load_rows(k_at, ahead * stride_kl, left, mask_d, float("-inf"), True, False, CHUNK)
-        vs, _ = load_rows(v_at, ahead * stride_vl, left, mask_d, 0.0, True, False, CHUNK)
+        ks, ks_i = load_rows(
+            k_at, ahead * stride_kl, left, mask_d, float("-inf"), True, False, CHUNK
+        )
+        vs, vs_i = load_rows(v_at, ahead * stride_vl, left, mask_d, 0.0, True, False, CHUNK)
         if not CONSTANT:
-            ws, _ = load_rows(w_at, ahead * stride_wl, left, mask_d, 0.0, True, False, CHUNK)
+            ws, ws_i = load_rows(w_at, ahead * stride_wl, left, mask_d, 0.0, True, False, CHUNK)
         if KEEP:
             _store_state(keep_at, dim, n, d, m, mask_d)
         for i in tl.static_range(CHUNK):
@@ -185,7 +187,7 @@ def _backward_kernel(
     CHUNK: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    pid_s, _, pid_d, row, first, steps, _, count = part_of(
+    pid_s, segment, pid_d, row, first, steps, begin, count = part_of(
         tl.program_id(0), cu_ptr, length, blocks, PACKED, 1, CHUNK
     )
     offs = pid_d * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -214,12 +216,14 @@ def _backward_kernel(
         k_at = k_ptr + row * stride_kb + place * stride_kl + offs
         v_at = v_ptr + row * stride_vb + place * stride_vl + offs
         g_at = g_ptr + row * stride_gb + place * stride_gl + offs
-        ks, _ = load_rows(k_at, ahead * stride_kl, left, mask_d, float("-inf"), True, False, CHUNK)
-        vs, _ = load_rows(v_at, ahead * stride_vl, left, mask_d, 0.0, True, False, CHUNK)
-        gs, _ = load_rows(g_at, ahead * stride_gl, left, mask_d, 0.0, True, False, CHUNK)
+        ks, ks_i = load_rows(
+            k_at, ahead * stride_kl, left, mask_d, float("-inf"), True, False, CHUNK
+        )
+        vs, vs_i = load_rows(v_at, ahead * stride_vl, left, mask_d, 0.0, True, False, CHUNK)
+        gs, gs_i = load_rows(g_at, ahead * stride_gl, left, mask_d, 0.0, True, False, CHUNK)
         if not CONSTANT:
             w_at = w_ptr + row * stride_wb + place * stride_wl + offs
-            ws, _ = load_rows(w_at, ahead * stride_wl, left, mask_d, 0.0, True, False, CHUNK)
+            ws, ws_i = load_rows(w_at, ahead * stride_wl, left, mask_d, 0.0, True, False, CHUNK)
         keep_at = keep_ptr + (kept + chunks - 1 - c) * 3 * dim + offs
         n, d, m = _load_state(keep_at, dim, mask_d)
         n_rows = (n,)
