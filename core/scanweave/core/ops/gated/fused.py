@@ -15,6 +15,9 @@ from .mix_kernel import mix
 from .pair_kernel import pair
 from .walk_kernel import walk
 
+# up to 512 tokens: more chunks are read faster as a state than one by one
+FEW_CHUNKS = 8
+
 
 def takes(v: Tensor, g: list[Tensor]) -> bool:
     """Whether the kernels run a scan: on a GPU, and not with a decay for every channel."""
@@ -43,7 +46,8 @@ def forward(
     directions = [Direction(*d) for d in zip(q, k, sums, factors, reverse, strict=True)]
     start = [s.contiguous() for s in initial_state]
     states, last = None, None
-    if final or start or not frame.single:
+    from_others = not (final or start) and 1 < frame.chunks <= FEW_CHUNKS
+    if final or start or not (frame.single or from_others):
         states, last = walk(
             frame,
             directions,
@@ -67,6 +71,7 @@ def forward(
         exclusive=exclusive,
         shift=shift,
         back=False,
+        from_others=from_others,
     )
     return out, torch.empty(0, dtype=torch.float32, device=v.device) if last is None else last
 

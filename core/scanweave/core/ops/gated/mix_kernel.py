@@ -7,7 +7,8 @@
 
 Both are one kernel: rows read columns, q and k in each other's place, the mask mirrored. Two
 directions share values and add their weights before one matrix product. q k^T is computed once
-for the heads of a program, which share a group. Letters and flags: `kernels.py`.
+for the heads of a program, which share a group. Of short sequences the chunks read each other
+directly, quadratic in their number, which saves the walk. Letters and flags: `kernels.py`.
 """
 # Triton's own language: constant branches, launch options
 # pyright: reportPossiblyUnboundVariable=false, reportCallIssue=false, reportArgumentType=false
@@ -28,7 +29,7 @@ from .kernels import (
     processors,
     strides,
 )
-from .tiles import chunk_from_state, chunk_products, chunk_weights
+from .tiles import chunk_from_others, chunk_from_state, chunk_weights, pair_products
 
 
 @triton.jit
@@ -81,6 +82,7 @@ def _mix_kernel(
     HAS_W: tl.constexpr,
     HAS_SKIP: tl.constexpr,
     HAS_STATE: tl.constexpr,
+    FROM_OTHERS: tl.constexpr,
     PACKED: tl.constexpr,
     KEYS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -104,10 +106,11 @@ def _mix_kernel(
     group = (head0 // per_group).to(tl.int64)
     read0 = read0_ptr + batch * stride_r0b + group * stride_r0g
     written0 = written0_ptr + batch * stride_w0b + group * stride_w0g
-    products0 = chunk_products(
+    products0 = pair_products(
         read0,
         written0,
         first,
+        place,
         place,
         size,
         stride_r0l,
@@ -125,10 +128,11 @@ def _mix_kernel(
     read1 = read1_ptr + batch * stride_r1b + group * stride_r1g
     if DIRECTIONS == 2:
         written1 = written1_ptr + batch * stride_w1b + group * stride_w1g
-        products1 = chunk_products(
+        products1 = pair_products(
             read1,
             written1,
             first,
+            place,
             place,
             size,
             stride_r1l,
@@ -226,6 +230,70 @@ def _mix_kernel(
                     PRECISION,
                 )
                 out += reading1[:, None] * carried
+        if FROM_OTHERS:
+            at0 = ((slot - c) * heads + head) * CHUNK
+            v_at = v_ptr + batch * stride_vb + head * stride_vh
+            carried = chunk_from_others(
+                read0,
+                written0,
+                v_at,
+                s0_ptr + at0,
+                f0_ptr + at0,
+                first,
+                c,
+                size,
+                offs_v,
+                stride_r0l,
+                stride_w0l,
+                stride_vl,
+                heads * CHUNK,
+                REVERSE,
+                EXCLUSIVE,
+                SHIFT,
+                BACK,
+                HAS_G,
+                HAS_W,
+                KEYS,
+                WIDTH,
+                CHUNK,
+                BLOCK_K,
+                BLOCK_V,
+                KEY_BLOCKS,
+                DOT,
+                PRECISION,
+            )
+            out += reading0[:, None] * carried
+            if DIRECTIONS == 2:
+                carried = chunk_from_others(
+                    read1,
+                    written1,
+                    v_at,
+                    s1_ptr + at0,
+                    f1_ptr + at0,
+                    first,
+                    c,
+                    size,
+                    offs_v,
+                    stride_r1l,
+                    stride_w1l,
+                    stride_vl,
+                    heads * CHUNK,
+                    True,
+                    EXCLUSIVE,
+                    SHIFT,
+                    BACK,
+                    HAS_G,
+                    HAS_W,
+                    KEYS,
+                    WIDTH,
+                    CHUNK,
+                    BLOCK_K,
+                    BLOCK_V,
+                    KEY_BLOCKS,
+                    DOT,
+                    PRECISION,
+                )
+                out += reading1[:, None] * carried
         if HAS_SKIP:
             skip = tl.load(
                 skip_ptr + batch * stride_sb + (first + place) * stride_sl + head * stride_sh,
@@ -262,15 +330,21 @@ def mix(
     exclusive: bool,
     shift: bool,
     back: bool,
+    from_others: bool = False,
 ) -> Tensor:
-    """Outputs of all directions added, (B, L, H, V); going back the gradient of v."""
+    """Outputs of all directions added, (B, L, H, V); going back the gradient of v.
+
+    With `from_others` a chunk reads the others token by token, for which it needs no states.
+    """
     (batch, length, heads, width), dtype = v.shape, v.dtype
     out = torch.empty((batch, length, heads, width), dtype=dtype, device=v.device)
     if out.numel() == 0:
         return out
     count, per_group = len(directions), heads // directions[0].q.shape[2]
     plan = plan_of(directions[0].q, v, precision, 128, 64)
-    shared = heads_of_program(per_group, frame.slots * heads * plan.value_blocks, v.device)
+    # two directions' products of several heads do not fit in registers
+    programs = frame.slots * heads * plan.value_blocks
+    shared = 1 if count == 2 else heads_of_program(per_group, programs, v.device)
     pointers = []
     for d in (0, count - 1):
         q, k, sums, factors, _ = directions[d]
@@ -305,6 +379,7 @@ def mix(
             HAS_W=directions[0].factors is not None,
             HAS_SKIP=skip is not None,
             HAS_STATE=states is not None,
+            FROM_OTHERS=from_others,
             PACKED=frame.cu_seqlens is not None,
             KEYS=directions[0].q.shape[3],
             WIDTH=width,

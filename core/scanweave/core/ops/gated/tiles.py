@@ -13,11 +13,12 @@ from .kernels import dot, load_sums, load_total, token_rows
 
 
 @triton.jit
-def chunk_products(
+def pair_products(
     read_ptr,
     written_ptr,
     first,
-    place,
+    row_place,
+    column_place,
     size,
     stride_rl,
     stride_wl,
@@ -31,9 +32,9 @@ def chunk_products(
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Rows times columns, (Q, Q)."""
-    rows, valid_r = token_rows(place, size, SHIFT and not BACK, REVERSE)
-    columns, valid_c = token_rows(place, size, SHIFT and BACK, REVERSE)
+    """Rows of one chunk times columns of the same or another one, (Q, Q)."""
+    rows, valid_r = token_rows(row_place, size, SHIFT and not BACK, REVERSE)
+    columns, valid_c = token_rows(column_place, size, SHIFT and BACK, REVERSE)
     products = tl.zeros([CHUNK, CHUNK], tl.float32)
     for block in range(0, KEY_BLOCKS):
         offs_k = block * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -132,4 +133,87 @@ def chunk_from_state(
             other=0.0,
         )
         carried += dot(r, h, DOT, PRECISION)
+    return carried
+
+
+@triton.jit
+def chunk_from_others(
+    read_ptr,
+    written_ptr,
+    v_ptr,
+    s_ptr,  # of the head's first chunk in the sequence
+    f_ptr,
+    first,
+    c,
+    size,
+    offs_v,
+    stride_rl,
+    stride_wl,
+    stride_vl,
+    stride_s,  # from a chunk to the next
+    REVERSE: tl.constexpr,
+    EXCLUSIVE: tl.constexpr,
+    SHIFT: tl.constexpr,
+    BACK: tl.constexpr,
+    HAS_G: tl.constexpr,
+    HAS_W: tl.constexpr,
+    KEYS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    KEY_BLOCKS: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """What rows read of all chunks that are scanned before theirs, as if of a state, (Q, V).
+
+    A pair's decay is a product of what follows the column in its chunk, of the chunks between and
+    of what the row reads by: exponents of one sign, no differences over the sequence.
+    """
+    offs = tl.arange(0, CHUNK)
+    mask_v = offs_v < WIDTH
+    carried = tl.zeros([CHUNK, BLOCK_V], tl.float32)
+    between = tl.zeros([1], tl.float32)
+    count = c if REVERSE == BACK else (size + CHUNK - 1) // CHUNK - 1 - c
+    for step in range(0, count):
+        other = c - 1 - step if REVERSE == BACK else c + 1 + step
+        place = other * CHUNK + offs
+        v = tl.load(
+            v_ptr + (first + place)[:, None] * stride_vl + offs_v[None, :],
+            mask=(place < size)[:, None] & mask_v[None, :],
+            other=0.0,
+        )
+        weights = pair_products(
+            read_ptr,
+            written_ptr,
+            first,
+            c * CHUNK + offs,
+            place,
+            size,
+            stride_rl,
+            stride_wl,
+            REVERSE,
+            SHIFT,
+            BACK,
+            KEYS,
+            CHUNK,
+            BLOCK_K,
+            KEY_BLOCKS,
+            DOT,
+            PRECISION,
+        )
+        if HAS_G:
+            total = load_total(s_ptr + other * stride_s, CHUNK, REVERSE)
+            if BACK:
+                column = load_sums(s_ptr + other * stride_s, offs, CHUNK, REVERSE, EXCLUSIVE)
+            else:
+                column = tl.minimum(total - tl.load(s_ptr + other * stride_s + offs), 0.0)
+            scale = tl.exp2(column + between)
+            between += total
+        else:
+            scale = tl.full([CHUNK], 1.0, tl.float32)
+        if HAS_W and not BACK:
+            scale *= tl.load(f_ptr + other * stride_s + offs)
+        carried += dot(weights * scale[None, :], v, DOT, PRECISION)
     return carried
