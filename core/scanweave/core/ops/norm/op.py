@@ -9,7 +9,7 @@ from ..checks import check_tensor, computing_dtype, on_kernels
 from . import kernels
 
 # the widest row that a program of the kernel holds
-MAX_KERNEL_SIZE = 16384
+MAX_KERNEL_SIZE = 8192
 
 _lib = torch.library.Library("scanweave", "FRAGMENT")
 _INPUTS = "Tensor x, Tensor weight, Tensor? z, float eps, int group_size, bool norm_before_gate"
