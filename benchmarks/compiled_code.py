@@ -12,20 +12,23 @@ Each recorded launch is then compiled for a target and its machine code read:
     spilled         bytes of stack a thread, which is where registers spill to
     instructions    of the innermost loops, for each element and thread: what a warp issues for
                     one element of every lane. Elements of an iteration are the product of the
-                    kernel's BLOCK_* and WINDOW; a kernel without loops counts as a whole
+                    kernel's BLOCK* and WINDOW; a kernel without loops counts as a whole
 
 Budgets are in `compiled_code.json`, by version of Triton, because layouts and spills differ
 between releases. A change that is meant is written there by `--write`, once per version.
 """
 
 import argparse
+import importlib
 import json
 import math
+import pkgutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -35,6 +38,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
+
+import scanweave.core.ops
 
 from .machine_code import Code, read_code
 from .ops import OPS
@@ -48,29 +53,29 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-# target, op, shape: what CI compiles
+# target, op, shape, pass: what CI compiles; a training step's kernels do all that others do
 GUARDED = (
-    *(
-        ("sm_90", op, shape)
-        for op, shape in (
-            ("selective_scan", "vim_s"),
-            ("selective_scan", "ss2d_56"),
-            ("selective_scan", "lm"),
-            ("selective_scan", "graph"),
-            ("bidirectional_selective_scan", "vim_s"),
-            ("causal_conv1d", "vim_s"),
-            ("selective_scan_step", "step_b64"),
-        )
-    ),
-    *((target, "selective_scan", "vim_s") for target in TARGETS if target != "sm_90"),
+    ("sm_90", "selective_scan", "vim_s", "inference"),
+    *((target, "selective_scan", "vim_s", "training") for target in TARGETS),
+    ("sm_90", "selective_scan", "graph", "training"),
+    ("sm_90", "bidirectional_selective_scan", "vim_s", "training"),
+    ("sm_90", "path_selective_scan", "ss2d_56", "training"),
+    ("sm_90", "causal_conv1d", "vim_s", "training"),
+    ("sm_90", "selective_scan_step", "step_b64", "inference"),
+    ("sm_90", "linear_scan", "graph", "training"),
+    ("sm_90", "rms_norm_gated", "lm", "training"),
 )
 EVERYTHING = tuple(
-    (target, op, shape.name)
+    (target, op, shape.name, passes)
     for target in TARGETS
     for op in OPS
-    if op in SHAPES and op != "mixer"  # mixers launch the same kernels
+    if op != "mixer"  # mixers launch the same kernels
     for shape in SHAPES[op]["cuda"]
+    for passes in ("inference", "training")
+    if OPS[op].backward or passes == "inference"
 )
+# what ops ask before they launch; tensors without data have no values to check
+_ASKED = ("on_kernels", "_on_kernels", "check_cu_seqlens_values", "check_paths_values")
 # another release than the budgets' may allocate registers and schedule a little differently
 OTHER_RELEASE = 1.15
 OTHER_RELEASE_SPILLS = 256
@@ -101,7 +106,7 @@ class Launch:
     def elements(self) -> int:
         """Elements that one iteration computes."""
         named = self.named.items()
-        return math.prod(int(v) for k, v in named if k.startswith("BLOCK_") or k == "WINDOW")
+        return math.prod(int(v) for k, v in named if k.startswith("BLOCK") or k == "WINDOW")
 
     @property
     def form(self) -> tuple[Any, ...]:
@@ -138,6 +143,12 @@ def interpreted() -> bool:
     return not isinstance(softplus, JITFunction)
 
 
+def op_modules() -> list[ModuleType]:
+    """Every module of `scanweave.core.ops`."""
+    found = pkgutil.walk_packages(scanweave.core.ops.__path__, "scanweave.core.ops.")
+    return [importlib.import_module(info.name) for info in found]
+
+
 @contextmanager
 def _as_on(backend: str) -> Iterator[None]:
     """Let launchers choose as they would on a GPU of this vendor."""
@@ -145,9 +156,9 @@ def _as_on(backend: str) -> Iterator[None]:
         for vendor in ("cuda", "hip"):
             value = "0" if vendor == backend else None
             stack.enter_context(mock.patch.object(torch.version, vendor, value))
-        for name, module in list(sys.modules.items()):
-            if name.startswith("scanweave.core.ops.") and hasattr(module, "on_kernels"):
-                stack.enter_context(mock.patch.object(module, "on_kernels", return_value=True))
+        for module in op_modules():
+            for function in vars(module).keys() & set(_ASKED):
+                stack.enter_context(mock.patch.object(module, function, return_value=True))
         yield
 
 
@@ -159,7 +170,7 @@ def record(op: str, shape: Shape, backend: str = "cuda") -> dict[str, list[Launc
         launches.append(Launch(kernel, arguments, options, grid))
 
     entry = OPS[op]
-    # the ends of packed sequences are read on the host, so they need values
+    # launchers may read where packed sequences end, and that row is small
     device = torch.device("cpu" if shape.is_packed else "meta")
     found = {}
     with _as_on(backend), mock.patch.object(JITFunction, "run", note), _OpsOfCpu():
@@ -192,25 +203,24 @@ def compile_for(launch: Launch, target: GPUTarget) -> Code:
     return read_code(compiled.asm, launch.elements / lanes)
 
 
-def measure(target: str, op: str, shape: str) -> dict[str, Code]:
-    """Compile what an op launches at a shape; by "target/op/shape/pass/kernel".
+def measure(target: str, op: str, shape: str, passes: str) -> dict[str, Code]:
+    """Compile what a pass of an op launches at a shape; by "target/op/shape/pass/kernel".
 
     A kernel that is launched again with other flags has its number behind its name; one that is
     launched again in the same form is there once.
     """
     (size,) = (s for s in SHAPES[op]["cuda"] if s.name == shape)
     rows: dict[str, Code] = {}
-    for passes, launches in record(op, size, TARGETS[target].backend).items():
-        seen: dict[str, int] = {}
-        forms = []
-        for launch in launches:
-            if launch.form in forms:
-                continue
-            forms.append(launch.form)
-            count = seen[launch.name] = seen.get(launch.name, 0) + 1
-            suffix = f"_{count}" if count > 1 else ""
-            key = f"{target}/{op}/{shape}/{passes}/{launch.name}{suffix}"
-            rows[key] = compile_for(launch, TARGETS[target])
+    seen: dict[str, int] = {}
+    forms = []
+    for launch in record(op, size, TARGETS[target].backend)[passes]:
+        if launch.form in forms:
+            continue
+        forms.append(launch.form)
+        count = seen[launch.name] = seen.get(launch.name, 0) + 1
+        suffix = f"_{count}" if count > 1 else ""
+        key = f"{target}/{op}/{shape}/{passes}/{launch.name}{suffix}"
+        rows[key] = compile_for(launch, TARGETS[target])
     return rows
 
 
@@ -248,13 +258,13 @@ def over_budget(key: str, code: Code, budgets: Mapping[str, Mapping[str, Code]])
 
 
 def write_budgets(rows: Mapping[str, Code]) -> None:
-    """Make these rows this Triton's budgets, in place of those of the same ops and shapes."""
+    """Make these rows this Triton's budgets, in place of those of the same op, shape and pass."""
     budgets = read_budgets()
-    measured = {key.rsplit("/", 2)[0] for key in rows}
+    measured = {key.rpartition("/")[0] for key in rows}
     kept = {
         key: code
         for key, code in budgets.get(triton.__version__, {}).items()
-        if key.rsplit("/", 2)[0] not in measured
+        if key.rpartition("/")[0] not in measured
     }
     budgets[triton.__version__] = dict(sorted({**kept, **rows}.items()))
     # one row a line, so that a change reads well

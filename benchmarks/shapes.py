@@ -68,6 +68,7 @@ class Shape:
 VIM = Shape("vim_s", 128, 197, 768)
 GRAPH = Shape("graph", 1, 100_000, 192, packed=(10, 3000))
 LM = Shape("lm", 8, 4096, 2048)
+LONG = Shape("long", 1, 131_072, 768)
 RL = Shape("rl", 64, 60, 256, small=True)
 VIM_CPU = Shape("vim_b2", 2, 197, 384)
 LM_CPU = Shape("lm_b1", 1, 4096, 256)
@@ -103,7 +104,7 @@ def _stateless(*shapes: Shape) -> tuple[Shape, ...]:
 # op -> device type -> shapes
 SHAPES: dict[str, dict[str, tuple[Shape, ...]]] = {
     "selective_scan": {
-        "cuda": (VIM, *SS2D, LM, Shape("long", 1, 131_072, 768), GRAPH, RL),
+        "cuda": (VIM, *SS2D, LM, LONG, GRAPH, RL),
         "cpu": (VIM_CPU, LM_CPU, RL, GRAPH_CPU),
     },
     "bidirectional_selective_scan": {
@@ -116,7 +117,7 @@ SHAPES: dict[str, dict[str, tuple[Shape, ...]]] = {
         "cpu": _stateless(VIM_CPU, LM_CPU, RL, GRAPH_CPU),
     },
     "selective_scan_step": {"cuda": STEPS, "cpu": STEPS[:3:2]},
-    "linear_scan": {"cuda": _stateless(LM, GRAPH), "cpu": _stateless(LM_CPU)},
+    "linear_scan": {"cuda": _stateless(LM, LONG, GRAPH), "cpu": _stateless(LM_CPU)},
     "rms_norm_gated": {"cuda": _stateless(LM), "cpu": _stateless(LM_CPU)},
     "mixer": {
         "cuda": (
