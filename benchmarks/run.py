@@ -6,7 +6,7 @@ One that is off is not timed, and the run ends with exit code 1.
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import torch
@@ -88,10 +88,10 @@ def measure_shape(
     device: torch.device,
     rates: Ceilings,
     *,
-    peers: bool = True,
+    peers: Collection[str] | None = None,
     toy: bool = False,
 ) -> list[Row]:
-    """Check, then time an op and its peers on one shape.
+    """Check, then time an op and its peers on one shape; `peers` are names, None is all.
 
     Raises:
         CheckError: our op disagrees with float64; nothing was timed then.
@@ -105,7 +105,9 @@ def measure_shape(
     error = {OURS: require(errors(reference, own, dout), dtype, block)}
     notes: dict[str, str] = {}
     versions = {OURS: version("scanweave")}
-    for peer in PEERS[op.name] if peers else ():
+    for peer in PEERS[op.name]:
+        if peers is not None and peer.name not in peers:
+            continue
         versions[peer.name] = version(peer.package)
         try:
             prepared = peer.prepare(op, inputs)
@@ -166,7 +168,7 @@ def measure_op(
     device: torch.device,
     rates: Ceilings,
     *,
-    peers: bool = True,
+    peers: Collection[str] | None = None,
     toy: bool = False,
     say: Callable[[str], None] = lambda text: None,
 ) -> tuple[list[Row], list[str]]:
@@ -195,6 +197,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, else float32")
     parser.add_argument("--threads", type=int, help="of torch on the CPU")
     parser.add_argument("--no-peers", action="store_true", help="do not measure other packages")
+    parser.add_argument("--peers", help="only these other packages, by name, with commas between")
     parser.add_argument("--out", type=Path, help="CSV to append to; accuracy goes beside it")
     parser.add_argument("--against", metavar="REF", help="also measure core as of this git ref")
     parser.add_argument("--commit", help="commit to write where there is no git checkout")
@@ -258,6 +261,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         known = {s.name for name in names for s in shapes_of(name, device.type, args.toy)}
         if wanted - known:
             parser.error(f"--shapes must be among {sorted(known)}, got {sorted(wanted - known)}")
+    peers = None if args.peers is None else set(args.peers.split(","))
+    if peers is not None:
+        named = {peer.name for name in names for peer in PEERS[name]}
+        if peers - named:
+            parser.error(f"--peers must be among {sorted(named)}, got {sorted(peers - named)}")
+    if args.no_peers:
+        peers = set()
     where = environment(device, args.commit)
     print(
         f"{where.device}, {where.threads} threads, torch {where.torch}, triton {where.triton}, "
@@ -272,7 +282,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name in names:
             found, failed = measure_op(
                 *(OPS[name], chosen[name], dtype, device, rates),
-                peers=not args.no_peers,
+                peers=peers,
                 toy=args.toy,
                 say=lambda text: print(text, file=sys.stderr),
             )

@@ -156,6 +156,13 @@ def test_a_step_leaves_the_inputs_as_they_are():
         require(errors(reference, ours(op, inputs), inputs.tensors["x"]), torch.float32)
 
 
+def test_peers_are_chosen_by_name():
+    op, shape = OPS["causal_conv1d"], Shape("odd", 2, 7, 4, state=0)
+    for peers, names in ((set(), {"scanweave"}), ({"torch"}, {"scanweave", "torch"})):
+        rows = run.measure_shape(op, shape, torch.float32, CPU, RATES, peers=peers, toy=True)
+        assert {row.implementation for row in rows} == names
+
+
 def test_a_wrong_peer_is_named_and_not_timed(monkeypatch: pytest.MonkeyPatch):
     op, shape = OPS["causal_conv1d"], Shape("odd", 2, 7, 4, state=0)
 
@@ -308,6 +315,7 @@ def test_accuracy_notices_errors():
     [
         (["nothing"], "invalid choice"),
         (["all", "--toy", "--device", "cpu", "--shapes", "huge"], "--shapes must be among"),
+        (["all", "--toy", "--device", "cpu", "--peers", "nobody"], "--peers must be among"),
     ],
 )
 def test_bad_arguments(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]):
