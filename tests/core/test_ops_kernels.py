@@ -32,7 +32,7 @@ from scanweave.core import (
     selective_scan,
 )
 from scanweave.core.ops.selective import compiled, kernels, portable, selective_scan_ref
-from scanweave.core.ops.selective.kernels import CHUNK
+from scanweave.core.ops.selective.kernels import CHUNK, LONG_CHUNK
 
 pytestmark = [pytest.mark.interpret, pytest.mark.poison]
 Check = Callable[..., None]
@@ -83,9 +83,10 @@ SIZES = [
     (1, 7, 4, 1, 4, False),  # up to two states have windows of their own
 ]
 LONG_SIZES = [
-    (1, CHUNK - 1, 3, 2, None, True),
+    (1, CHUNK - 1, 3, 4, None, True),
     (1, CHUNK, 2, 3, 2, False),
-    (1, CHUNK + 1, 2, 2, None, True),
+    (1, CHUNK + 1, 2, 3, None, True),
+    (1, LONG_CHUNK + 1, 2, 1, None, False),
     (1, 2 * CHUNK + 1, 3, 3, None, False),
 ]
 

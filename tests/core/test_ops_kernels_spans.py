@@ -23,7 +23,7 @@ from torch import Tensor
 
 from scanweave.core import bidirectional_selective_scan, selective_scan
 from scanweave.core.ops.selective import kernels, selective_scan_ref, spans
-from scanweave.core.ops.selective.kernels import CHUNK
+from scanweave.core.ops.selective.kernels import CHUNK, LONG_CHUNK, chunk_of
 
 pytestmark = [pytest.mark.interpret, pytest.mark.poison]
 Check = Callable[..., None]
@@ -58,11 +58,11 @@ def cuts(monkeypatch: pytest.MonkeyPatch) -> list[spans.Spans]:
 @pytest.mark.parametrize(
     "sizes",
     [
-        (1, 2 * SPAN, 3, 2, None, False),
-        (2, 2 * SPAN + 1, 3, 1, None, True),
-        (1, 3 * SPAN - 1, 5, 3, None, True),
-        (1, 3 * SPAN + 7, 4, 2, 2, False),
-        (1, 10 * SPAN + 3, 5, 1, None, False),  # more spans than are combined at once
+        (1, 2 * SPAN, 3, 3, None, False),
+        (1, 2 * LONG_CHUNK + 1, 3, 1, None, True),
+        (1, 3 * SPAN - 1, 5, 4, None, True),
+        (2, 2 * SPAN + 7, 4, 3, 2, False),
+        (1, 10 * SPAN + 3, 2, 3, None, False),  # more spans than are combined at once
     ],
     ids=str,
 )
@@ -70,14 +70,14 @@ def test_spans(assert_near: Check, device: str, cuts: list, sizes: tuple):
     *shape, groups, reverse = sizes
     inputs = scan_inputs(*shape, groups=groups, dtype=torch.float32, device=device)
     compare(assert_near, selective_scan, selective_scan_ref, inputs, reverse=reverse, **ALL)
-    assert [cut.steps for cut in cuts] == [SPAN, SPAN]
+    assert [cut.steps for cut in cuts] == [chunk_of(shape[-1])[0]] * 2
 
 
 @pytest.mark.parametrize("without", ["z", "initial_state", "D", "dt_bias"])
 @pytest.mark.parametrize("softplus", [False, True])
 def test_options(assert_near: Check, device: str, cuts: list, without: str, softplus: bool):
     inputs = scan_inputs(
-        1, 2 * SPAN + 1, 3, 2, without=(without,), dtype=torch.float32, device=device
+        1, 2 * SPAN + 1, 3, 3, without=(without,), dtype=torch.float32, device=device
     )
     if not softplus:
         inputs["dt"] = inputs["dt"].detach().abs().requires_grad_()
@@ -98,7 +98,7 @@ def test_packed(
     assert_near: Check, device: str, cuts: list, lengths: tuple[int, ...], reverse: bool
 ):
     inputs = scan_inputs(
-        1, sum(lengths), 3, 2, sequences=len(lengths), dtype=torch.float32, device=device
+        1, sum(lengths), 3, 3, sequences=len(lengths), dtype=torch.float32, device=device
     )
     options = {"reverse": reverse, "cu_seqlens": pack(lengths, device), **ALL}
     compare(assert_near, selective_scan, selective_scan_ref, inputs, **options)
@@ -109,7 +109,7 @@ def test_both_directions(assert_near: Check, device: str, cuts: list):
     lengths = (SPAN + 3, 0, 2 * SPAN)
     for count in (None, len(lengths)):
         inputs = pair_inputs(
-            1, sum(lengths), 3, 2, sequences=count, dtype=torch.float32, device=device
+            1, sum(lengths), 3, 3, sequences=count, dtype=torch.float32, device=device
         )
         cu = None if count is None else pack(lengths, device)
         compare(
@@ -125,7 +125,7 @@ def test_both_directions(assert_near: Check, device: str, cuts: list):
 
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=str)
 def test_half(assert_near: Check, device: str, cuts: list, half: torch.dtype):
-    inputs = scan_inputs(1, 2 * SPAN + 5, 3, 2, dtype=half, weights=torch.float32, device=device)
+    inputs = scan_inputs(1, 2 * SPAN + 5, 3, 3, dtype=half, weights=torch.float32, device=device)
     compare(assert_near, selective_scan, selective_scan_ref, inputs, **ALL)
     assert len(cuts) == 2
 
@@ -144,7 +144,7 @@ def test_cut_and_whole_agree(
 
 def test_slow_decay_is_carried_over_all_spans(assert_near: Check, device: str):
     """A state that never decays counts its inputs."""
-    inputs = scan_inputs(1, 9 * SPAN, 2, 1, without=("z", "D"), dtype=torch.float32, device=device)
+    inputs = scan_inputs(1, 9 * SPAN, 2, 3, without=("z", "D"), dtype=torch.float32, device=device)
     inputs["A"] = torch.zeros_like(inputs["A"]).requires_grad_()
     actual = evaluate(selective_scan, inputs, **ALL)
     exact = evaluate(
@@ -156,9 +156,9 @@ def test_slow_decay_is_carried_over_all_spans(assert_near: Check, device: str):
 @pytest.mark.parametrize(
     ("sizes", "groups", "state", "packed", "steps"),
     [
-        ((8, 4096, 2048), 1, 16, False, 1024),  # a language model's batch
-        ((1, 131072, 768), 1, 16, False, 1504),
-        ((1, 100_000, 192), 1, 16, True, 288),
+        ((8, 4096, 2048), 1, 16, False, 688),  # a language model's batch
+        ((1, 131072, 768), 1, 16, False, 1008),
+        ((1, 100_000, 192), 1, 16, True, 256),
         ((128, 197, 768), 1, 16, False, None),  # short
         ((128, 3136, 192), 1, 1, False, None),  # enough programs
         ((64, 60, 256), 1, 16, False, None),
@@ -180,4 +180,4 @@ def test_where_sequences_are_cut(
     cut = spans.split(x, groups, state, 66 if packed else sizes[0], packed)
     assert (cut and cut.steps) == steps
     if cut:
-        assert cut.steps % CHUNK == 0
+        assert cut.steps % chunk_of(state)[0] == 0

@@ -21,7 +21,7 @@ from tests.core.path_cases import path_inputs, path_ref, random_paths
 from torch import Tensor
 
 from scanweave.core import path_selective_scan
-from scanweave.core.ops.selective import compiled, path_op, portable
+from scanweave.core.ops.selective import compiled, path_values, portable
 
 pytestmark = pytest.mark.poison
 Check = Callable[..., None]
@@ -308,7 +308,7 @@ def test_a_cuda_graph_clamps_paths(monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     paths = ints((-5, 1, 2**31 - 1), dtype=torch.int64).as_subclass(OnGpu)
-    assert path_op._readable(paths, None, 3).tolist() == [[0, 1, 2]]
+    assert path_values.readable(paths, None, 3).tolist() == [[0, 1, 2]]
 
 
 def test_no_other_path_runs(monkeypatch: pytest.MonkeyPatch):

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from scanweave.core import grid_paths, path_selective_scan, selective_scan
 from scanweave.core.ops.selective import compiled, portable
-from scanweave.core.ops.selective.kernels import CHUNK
+from scanweave.core.ops.selective.kernels import CHUNK, LONG_CHUNK
 
 pytestmark = [pytest.mark.interpret, pytest.mark.poison]
 Check = Callable[..., None]
@@ -61,7 +61,8 @@ SIZES = [
     (1, 6, 6, 4, 3, 3, (False, True, True)),
     (1, CHUNK, 2, 1, 2, None, (False, True)),
     (1, CHUNK + 1, 2, 3, 2, 2, (False, True)),
-    (1, 2 * CHUNK + 1, 3, 2, 1, None, (False,)),
+    (1, 2 * CHUNK + 1, 3, 3, 1, None, (False,)),
+    (1, LONG_CHUNK + 1, 2, 1, 1, None, (False,)),
 ]
 
 

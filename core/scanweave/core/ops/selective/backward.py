@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..launch import LOG2_E, adjacent, on_device
 from .backward_kernel import backward_kernel
-from .kernels import CHUNK, Direction, backward_plan, prepare, strides_and_flags
+from .kernels import Direction, backward_plan, chunk_of, prepare, strides_and_flags
 from .portable import ScanGradients
 from .spans import entering, split
 
@@ -49,6 +49,7 @@ def backward(
         inputs = prepare(given)
         xk, dt, A, B, C, D, bias = inputs
         groups = B.shape[2]
+        chunk, each = chunk_of(state)
         plan = backward_plan(dt, groups, state)
         programs = groups * plan.blocks
         strides, flags = strides_and_flags(inputs, z, cu_seqlens, paths, reverse[k], softplus)
@@ -68,7 +69,7 @@ def backward(
             x.new_empty(batch, length, groups, plan.blocks, state, dtype=torch.float32)
             for _ in range(2)
         )
-        parked = slots * programs * (CHUNK // plan.window)
+        parked = slots * programs * (chunk // plan.window) if each == 1 else 0
         scratch = x.new_empty(parked, plan.block_d, plan.block_n, dtype=torch.float32)
         if dim > 0 and sequences > 0:
             with on_device(x):
@@ -106,7 +107,7 @@ def backward(
                     programs,
                     sequences,
                     0 if spans is None else spans.steps,
-                    CHUNK,
+                    chunk,
                     **strides,
                     stride_ob=dout.stride(0),
                     stride_ol=dout.stride(1),
@@ -114,6 +115,7 @@ def backward(
                     HAS_H0=initial_state,
                     HAS_DH=dfinal is not None,
                     WRITE_DZ=z is not None and k == 0,
+                    EACH=each,
                     SPLIT=spans is not None,
                     EVEN_D=(dim // groups) % plan.block_d == 0,
                     BLOCK_N=plan.block_n,

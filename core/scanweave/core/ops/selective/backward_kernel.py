@@ -35,7 +35,7 @@ def backward_kernel(
     y_ptr,  # (B, L, D): the sum of directions before the gate
     dout_ptr,
     dh_ptr,  # (S, D, N): gradient of the final state, or with SPLIT (slots, N, D)
-    keep_ptr,  # (chunks, N, D)
+    keep_ptr,  # (chunks * EACH, N, D)
     scratch_ptr,  # (slots, programs, chunk / WINDOW, BLOCK_D, BLOCK_N)
     dx_ptr,
     ddt_ptr,
@@ -80,8 +80,10 @@ def backward_kernel(
     PACKED: tl.constexpr,
     SPLIT: tl.constexpr,
     PATH: tl.constexpr,
+    WIDE: tl.constexpr,
     REVERSE: tl.constexpr,
     SOFTPLUS: tl.constexpr,
+    EACH: tl.constexpr,
     EVEN_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -155,53 +157,68 @@ def backward_kernel(
         part = ((pid_b * tokens + row) * programs + pid_d) * STATE
         if HAS_Z:
             z_chunk = z_ptr + pid_b * stride_zb + row * stride_zl
-        h = tl.load(keep_ptr + (kept + c) * STATE * dim + across, mask=mask, other=0.0)
-
-        # 1. recompute the chunk's states, parking the one before each window but the last;
-        # the rows of the next window are loaded before the present one is computed
-        at_rows = ()
-        x_rows = ()
-        dt_rows = ()
-        B_rows = ()
-        for i in tl.static_range(WINDOW):
-            at = token_at(path, tl.minimum(i, count - 1), ahead, PATH)
-            if PATH:
-                beyond = tl.minimum(WINDOW + i, count - 1)
-                at_rows = at_rows + (token_at(path, beyond, ahead, PATH),)
-            x_rows = x_rows + (load_row(x_chunk + (at * stride_xl + offs_x), mask_d, EVEN_D),)
-            dt_rows = dt_rows + (load_row(dt_chunk + (at * stride_dtl + offs_d), mask_d, EVEN_D),)
-            B_rows = B_rows + (load_row(B_chunk + (at * stride_Bl + offs_n), mask_n, EVEN_N),)
-        for w in range(windows - 1):
-            tl.store(scratch_ptr + w * parked, h)
-            x_now = x_rows
-            dt_now = dt_rows
-            B_now = B_rows
-            at_now = at_rows
+        keep_chunk = keep_ptr + (kept + c) * EACH * STATE * dim + across
+        if EACH > 1:
+            # every window's first state was kept
+            h = tl.load(keep_chunk + (windows - 1) * STATE * dim, mask=mask, other=0.0)
+        else:
+            h = tl.load(keep_chunk, mask=mask, other=0.0)
+            # 1. recompute the chunk's states, parking the one before each window but the last;
+            # the rows of the next window are loaded before the present one is computed
             at_rows = ()
             x_rows = ()
             dt_rows = ()
             B_rows = ()
             for i in tl.static_range(WINDOW):
+                at = token_at(path, tl.minimum(i, count - 1), ahead, PATH, WIDE)
                 if PATH:
-                    beyond = tl.minimum((w + 2) * WINDOW + i, count - 1)
-                    at_rows = at_rows + (token_at(path, beyond, ahead, PATH),)
-                    at = at_now[i]
-                else:
-                    at = token_at(path, tl.minimum((w + 1) * WINDOW + i, count - 1), ahead, PATH)
+                    beyond = tl.minimum(WINDOW + i, count - 1)
+                    at_rows = at_rows + (token_at(path, beyond, ahead, PATH, WIDE),)
                 x_rows = x_rows + (load_row(x_chunk + (at * stride_xl + offs_x), mask_d, EVEN_D),)
                 dt_rows = dt_rows + (
                     load_row(dt_chunk + (at * stride_dtl + offs_d), mask_d, EVEN_D),
                 )
                 B_rows = B_rows + (load_row(B_chunk + (at * stride_Bl + offs_n), mask_n, EVEN_N),)
-            for i in tl.static_range(WINDOW):
-                delta = dt_now[i].to(tl.float32) + bias
-                if SOFTPLUS:
-                    delta = softplus(delta)
-                u = delta * x_now[i].to(tl.float32)
-                h = tl.exp2(A * delta[:, None]) * h + u[:, None] * B_now[i].to(tl.float32)[None, :]
+            for w in range(windows - 1):
+                tl.store(scratch_ptr + w * parked, h)
+                x_now = x_rows
+                dt_now = dt_rows
+                B_now = B_rows
+                at_now = at_rows
+                at_rows = ()
+                x_rows = ()
+                dt_rows = ()
+                B_rows = ()
+                for i in tl.static_range(WINDOW):
+                    if PATH:
+                        beyond = tl.minimum((w + 2) * WINDOW + i, count - 1)
+                        at_rows = at_rows + (token_at(path, beyond, ahead, PATH, WIDE),)
+                        at = at_now[i]
+                    else:
+                        at = token_at(
+                            path, tl.minimum((w + 1) * WINDOW + i, count - 1), ahead, PATH, WIDE
+                        )
+                    x_rows = x_rows + (
+                        load_row(x_chunk + (at * stride_xl + offs_x), mask_d, EVEN_D),
+                    )
+                    dt_rows = dt_rows + (
+                        load_row(dt_chunk + (at * stride_dtl + offs_d), mask_d, EVEN_D),
+                    )
+                    B_rows = B_rows + (
+                        load_row(B_chunk + (at * stride_Bl + offs_n), mask_n, EVEN_N),
+                    )
+                for i in tl.static_range(WINDOW):
+                    delta = dt_now[i].to(tl.float32) + bias
+                    if SOFTPLUS:
+                        delta = softplus(delta)
+                    u = delta * x_now[i].to(tl.float32)
+                    h = (
+                        tl.exp2(A * delta[:, None]) * h
+                        + u[:, None] * B_now[i].to(tl.float32)[None, :]
+                    )
+            tl.debug_barrier()
 
         # 2. walk the windows back, again one window of rows and states ahead
-        tl.debug_barrier()
         h_ahead = h
         x_rows = ()
         dt_rows = ()
@@ -213,11 +230,13 @@ def backward_kernel(
         at_rows = ()
         at_before = ()
         for i in tl.static_range(WINDOW):
-            at = token_at(path, tl.minimum((windows - 1) * WINDOW + i, count - 1), ahead, PATH)
+            at = token_at(
+                path, tl.minimum((windows - 1) * WINDOW + i, count - 1), ahead, PATH, WIDE
+            )
             if PATH:
                 at_rows = at_rows + (at,)
                 before = tl.maximum((windows - 2) * WINDOW + i, 0)
-                at_before = at_before + (token_at(path, before, ahead, PATH),)
+                at_before = at_before + (token_at(path, before, ahead, PATH, WIDE),)
             x_rows = x_rows + (load_row(x_chunk + (at * stride_xl + offs_x), mask_d, EVEN_D),)
             dt_rows = dt_rows + (load_row(dt_chunk + (at * stride_dtl + offs_d), mask_d, EVEN_D),)
             B_rows = B_rows + (load_row(B_chunk + (at * stride_Bl + offs_n), mask_n, EVEN_N),)
@@ -230,7 +249,11 @@ def backward_kernel(
         for wi in range(windows):
             w = windows - 1 - wi
             h = h_ahead
-            h_ahead = tl.load(scratch_ptr + tl.maximum(w - 1, 0) * parked)
+            if EACH > 1:
+                earlier = keep_chunk + tl.maximum(w - 1, 0) * STATE * dim
+                h_ahead = tl.load(earlier, mask=mask, other=0.0)
+            else:
+                h_ahead = tl.load(scratch_ptr + tl.maximum(w - 1, 0) * parked)
             x_now = x_rows
             dt_now = dt_rows
             B_now = B_rows
@@ -252,11 +275,11 @@ def backward_kernel(
             for i in tl.static_range(WINDOW):
                 if PATH:
                     before = tl.maximum((w - 2) * WINDOW + i, 0)
-                    at_before = at_before + (token_at(path, before, ahead, PATH),)
+                    at_before = at_before + (token_at(path, before, ahead, PATH, WIDE),)
                     at = at_ahead[i]
                     at_rows = at_rows + (at,)
                 else:
-                    at = token_at(path, tl.maximum((w - 1) * WINDOW + i, 0), ahead, PATH)
+                    at = token_at(path, tl.maximum((w - 1) * WINDOW + i, 0), ahead, PATH, WIDE)
                 x_rows = x_rows + (load_row(x_chunk + (at * stride_xl + offs_x), mask_d, EVEN_D),)
                 dt_rows = dt_rows + (
                     load_row(dt_chunk + (at * stride_dtl + offs_d), mask_d, EVEN_D),

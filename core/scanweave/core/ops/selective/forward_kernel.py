@@ -2,7 +2,8 @@
 
 The state tile is (N, BLOCK_D) and the next window's rows are loaded before the present window is
 computed. Directions are launched one after another; each later one adds its output to what the
-earlier ones wrote, the last one gates. A training step also keeps the state every CHUNK steps.
+earlier ones wrote, the last one gates. A training step also keeps the state
+every few steps.
 
 Letters: S sequences, T tokens, D channels, G groups, N state. Equations: `reference.py`.
 """
@@ -21,9 +22,9 @@ from torch import Tensor
 
 from ..launch import LOG2_E, adjacent, on_device, register_limit, sigmoid
 from .kernels import (
-    CHUNK,
     Direction,
     checkpoints_shape,
+    chunk_of,
     forward_plan,
     load_row,
     prepare,
@@ -35,7 +36,7 @@ from .kernels import (
 from .spans import entering, split
 
 # without kept states a chunk only bounds 32-bit offsets
-LONG_CHUNK = 1 << 16
+UNBOUNDED = 1 << 16
 
 
 @triton.jit
@@ -54,7 +55,7 @@ def _forward_kernel(
     y_ptr,  # (B, L, D): the sum of directions before the gate
     out_ptr,  # (B, L, D)
     h_ptr,  # (S, D, N): the final state
-    keep_ptr,  # (chunks, N, D)
+    keep_ptr,  # (chunks * EACH, N, D)
     length,
     tokens,
     dim,
@@ -85,11 +86,14 @@ def _forward_kernel(
     PACKED: tl.constexpr,
     SPLIT: tl.constexpr,
     PATH: tl.constexpr,
+    WIDE: tl.constexpr,
     REVERSE: tl.constexpr,
     SOFTPLUS: tl.constexpr,
     ADD: tl.constexpr,
     SAVE_Y: tl.constexpr,
     KEEP: tl.constexpr,
+    EACH: tl.constexpr,
+    EVERY: tl.constexpr,
     EVEN_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -150,7 +154,9 @@ def _forward_kernel(
         if HAS_Z:
             z_chunk = z_ptr + pid_b * stride_zb + row * stride_zl
         if KEEP:
-            tl.store(keep_ptr + (kept + c) * STATE * dim + tile, h, mask=mask)
+            keep_chunk = keep_ptr + (kept + c) * EACH * STATE * dim
+            if EACH == 1:
+                tl.store(keep_chunk + tile, h, mask=mask)
         at_rows = ()
         at_beyond = ()
         x_rows = ()
@@ -160,11 +166,11 @@ def _forward_kernel(
         z_rows = ()
         y_rows = ()
         for i in tl.static_range(WINDOW):
-            at = token_at(path, tl.minimum(i, count - 1), ahead, PATH)
+            at = token_at(path, tl.minimum(i, count - 1), ahead, PATH, WIDE)
             if PATH:
                 at_rows = at_rows + (at,)
                 beyond = tl.minimum(WINDOW + i, count - 1)
-                at_beyond = at_beyond + (token_at(path, beyond, ahead, PATH),)
+                at_beyond = at_beyond + (token_at(path, beyond, ahead, PATH, WIDE),)
             x_rows = x_rows + (load_row(x_chunk + (at * stride_xl + offs_x), mask_d, EVEN_D),)
             dt_rows = dt_rows + (load_row(dt_chunk + (at * stride_dtl + offs_d), mask_d, EVEN_D),)
             B_rows = B_rows + (load_row(B_chunk + (at * stride_Bl + offs_n), mask_n, EVEN_N),)
@@ -193,11 +199,13 @@ def _forward_kernel(
             for i in tl.static_range(WINDOW):
                 if PATH:
                     beyond = tl.minimum((w + 2) * WINDOW + i, count - 1)
-                    at_beyond = at_beyond + (token_at(path, beyond, ahead, PATH),)
+                    at_beyond = at_beyond + (token_at(path, beyond, ahead, PATH, WIDE),)
                     at = at_ahead[i]
                     at_rows = at_rows + (at,)
                 else:
-                    at = token_at(path, tl.minimum((w + 1) * WINDOW + i, count - 1), ahead, PATH)
+                    at = token_at(
+                        path, tl.minimum((w + 1) * WINDOW + i, count - 1), ahead, PATH, WIDE
+                    )
                 x_rows = x_rows + (load_row(x_chunk + (at * stride_xl + offs_x), mask_d, EVEN_D),)
                 dt_rows = dt_rows + (
                     load_row(dt_chunk + (at * stride_dtl + offs_d), mask_d, EVEN_D),
@@ -215,6 +223,9 @@ def _forward_kernel(
             for i in tl.static_range(WINDOW):
                 t = w * WINDOW + i
                 valid = t < count
+                if KEEP and EACH > 1 and i % EVERY == 0:
+                    within = tl.where(valid, mask, False)
+                    tl.store(keep_chunk + t // EVERY * STATE * dim + tile, h, mask=within)
                 x = x_now[i].to(tl.float32)
                 delta = dt_now[i].to(tl.float32) + bias
                 if SOFTPLUS:
@@ -275,6 +286,7 @@ def forward(
         if dim == 0 or sequences == 0:
             break
         inputs = prepare(given)
+        chunk, each = chunk_of(A.shape[1])
         xk, dt, A, B, C, D, bias = inputs
         last = k == len(directions) - 1
         groups = B.shape[2]
@@ -316,7 +328,7 @@ def forward(
                 programs,
                 sequences,
                 0 if spans is None else spans.steps,
-                CHUNK if keep_states else LONG_CHUNK,
+                chunk if keep_states else UNBOUNDED,
                 **strides,
                 **flags,
                 HAS_H0=h0 is not None,
@@ -324,6 +336,8 @@ def forward(
                 ADD=k > 0,
                 SAVE_Y=save_y and last,
                 KEEP=keep_states,
+                EACH=each,
+                EVERY=chunk // each,
                 EVEN_D=(dim // groups) % plan.block_d == 0,
                 BLOCK_N=plan.block_n,
                 BLOCK_D=plan.block_d,

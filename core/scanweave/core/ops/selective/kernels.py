@@ -27,6 +27,9 @@ Direction = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor 
 # one kept state per 16 steps: 4 bytes a token and channel at N = 16, as two bfloat16 activations.
 # Measured on an H100, B128 L197 D768 N16: 1093 us forward and backward, 1183 us with 32
 CHUNK = 16
+# so few states are kept for every window of the backward, which then recomputes nothing: 1 byte a
+# token and channel at N = 1
+SMALL_STATE, LONG_CHUNK, SMALL_WINDOW = 2, 64, 4
 
 
 @triton.jit
@@ -106,24 +109,33 @@ def span_of(
 
 
 @triton.jit
-def token_at(path_ptr, t, ahead: tl.constexpr, PATH: tl.constexpr):
+def token_at(path_ptr, t, ahead: tl.constexpr, PATH: tl.constexpr, WIDE: tl.constexpr):
     """Token of step t, from a table or relative to the chunk's first."""
-    if PATH:
+    if PATH and WIDE:
         return tl.load(path_ptr + t * ahead).to(tl.int64)
+    elif PATH:
+        return tl.load(path_ptr + t * ahead)
     else:
         return t * ahead
+
+
+def chunk_of(state: int) -> tuple[int, int]:
+    """Steps of a chunk, and states kept of it."""
+    small = state <= SMALL_STATE
+    return (LONG_CHUNK, LONG_CHUNK // SMALL_WINDOW) if small else (CHUNK, 1)
 
 
 def checkpoints_shape(
     directions: int, x: Tensor, A: Tensor, cu_seqlens: Tensor | None
 ) -> tuple[int, int, int, int]:
-    """Shape of the kept states: (K, at most this many chunks, N, D)."""
+    """Shape of the kept states: (K, at most this many, N, D)."""
     batch, length, dim = x.shape
+    chunk, each = chunk_of(A.shape[1])
     if cu_seqlens is None:
-        chunks = batch * ((length + CHUNK - 1) // CHUNK)
+        chunks = batch * ceil_div(length, chunk)
     else:
-        chunks = length // CHUNK + cu_seqlens.shape[0] - 1
-    return directions, chunks, A.shape[1], dim
+        chunks = length // chunk + cu_seqlens.shape[0] - 1
+    return directions, chunks * each, A.shape[1], dim
 
 
 class Plan(NamedTuple):
@@ -141,8 +153,8 @@ def forward_plan(x: Tensor, groups: int, state: int, programs: int) -> Plan:
 
     Measured on an H100, bfloat16: 174 us at B128 L197 D768 N16 (narrow and deep: 234 us), but
     1158 us narrow and deep at B8 L4096 D2048 N16, where wide programs take 2468 us, and 18 us
-    against 20 us at B64 L60 D256 N16. One direction at B128 L3136 D192 N1: 317 us with 16 steps a
-    window, 369 us with 8, 514 us wide with 4.
+    against 20 us at B64 L60 D256 N16. Four paths at B128 L3136 D192 N1: 960 us wide with 4 steps
+    a window, 1122 us with 8; 1178 us narrow with 16, 1391 us with 4.
     """
     long = x.shape[1] >= 256
     units = processors(x.device)
@@ -153,20 +165,20 @@ def forward_plan(x: Tensor, groups: int, state: int, programs: int) -> Plan:
 def _forward_plan(per_group: int, state: int, rows: int, units: int, long: bool) -> Plan:
     block_n = power_of_2(state)
     wide = block_d(per_group, 64, 1024 // block_n)
-    narrow = min(wide, 32)
-    if block_n <= 2:
-        return Plan(block_n, narrow, ceil_div(per_group, narrow), window=16 if long else 8)
     if rows * ceil_div(per_group, wide) < 8 * units:
-        return Plan(block_n, narrow, ceil_div(per_group, narrow), window=8 if long else 4)
+        narrow = min(wide, 32)
+        window = (16 if long else 8) if block_n <= 2 else (8 if long else 4)
+        return Plan(block_n, narrow, ceil_div(per_group, narrow), window)
     # 168 registers leave room for 12 warps a processor of 64 K registers
-    return Plan(block_n, wide, ceil_div(per_group, wide), window=2, registers=168)
+    window = 4 if block_n <= 2 else 2
+    return Plan(block_n, wide, ceil_div(per_group, wide), window, registers=168)
 
 
 def backward_plan(x: Tensor, groups: int, state: int) -> Plan:
     """Tile of 512 states, two steps a window: four spill."""
     block_n = power_of_2(state)
     per_group = x.shape[2] // groups
-    widest, window = (64, 4) if block_n <= 2 else (32, 2)
+    widest, window = (64, SMALL_WINDOW) if state <= SMALL_STATE else (32, 2)
     width = block_d(per_group, widest, 512 // block_n)
     return Plan(block_n, width, ceil_div(per_group, width), window)
 
@@ -208,6 +220,8 @@ def strides_and_flags(
         "stride_zb": 0 if z is None else z.stride(0),
         "stride_zl": 0 if z is None else z.stride(1),
     }
+    # tokens of a path are counted from the first, and their offsets may outgrow 32 bits
+    widest = max(*(v.stride(1) for v in (x, dt, B, C)), dt.shape[2] * A.shape[1])
     flags = {
         "STATE": A.shape[1],
         "HAS_D": D is not None,
@@ -215,6 +229,7 @@ def strides_and_flags(
         "HAS_Z": z is not None,
         "PACKED": cu_seqlens is not None,
         "PATH": paths is not None,
+        "WIDE": widest * x.shape[1] >= 1 << 31,
         "REVERSE": reverse,
         "SOFTPLUS": softplus,
     }

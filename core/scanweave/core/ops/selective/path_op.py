@@ -1,4 +1,4 @@
-"""Selective scans along paths as a torch operator: registration, gradients, values of paths.
+"""Selective scans along paths as a torch operator: registration and gradients.
 
 One registered op runs all K directions over the same x. What differs between directions comes
 stacked, as a projection of the tokens gives it, so that gradients leave it stacked as well and
@@ -7,7 +7,7 @@ read and write rows where the path says; `portable.py` runs on permuted copies. 
 runs is decided as in `op.py`. Equations and letters: `reference.py`; K directions.
 
 On a GPU all directions are one launch, a scan of K D channels, and then added: four times the
-programs are worth more than the pass over memory.
+programs are worth more than a pass over memory.
 """
 
 from collections.abc import Sequence
@@ -16,11 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.utils.weak import WeakIdKeyDictionary, WeakIdRef
 
-from ..checks import check_cu_seqlens_values, computing_dtype, on_kernels
+from ..checks import computing_dtype, on_kernels
 from . import backward, compiled, forward_kernel, portable
+from .add_kernel import add_directions
 from .kernels import checkpoints_shape
+from .path_values import readable
 
 Direction = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 
@@ -40,62 +41,6 @@ _lib.define(
 )
 _forward_op = torch.ops.scanweave.path_selective_scan.default
 _backward_op = torch.ops.scanweave.path_selective_scan_backward.default
-
-# paths whose values were read, with all that the result depends on: reading a GPU's values stalls
-# it, so it is done once per tensor and not once per layer
-_READ_PATHS: WeakIdKeyDictionary = WeakIdKeyDictionary()
-
-
-def check_paths_values(paths: Tensor, cu_seqlens: Tensor | None, length: int) -> None:
-    """Raise unless every row is a permutation of the tokens, within every packed sequence."""
-    key = None
-    # an inference tensor has no version, so nothing tells whether it has changed since
-    if not paths.is_inference() and (cu_seqlens is None or not cu_seqlens.is_inference()):
-        packing = None if cu_seqlens is None else (WeakIdRef(cu_seqlens), cu_seqlens._version)
-        key = (paths._version, length, packing)
-        if _READ_PATHS.get(paths) == key:
-            return
-    tokens = torch.arange(length, device=paths.device)
-    ordered = paths.sort(1).values
-    wrong = (ordered != tokens).any(1)
-    strays = torch.zeros_like(paths, dtype=torch.bool)
-    if cu_seqlens is not None:
-        sequence = torch.searchsorted(cu_seqlens[1:].to(tokens.dtype), tokens, right=True)
-        # clamped: an index out of bounds would end a GPU's context before it could be reported
-        strays = sequence[paths.clamp(0, max(length - 1, 0)).long()] != sequence
-        wrong = wrong | strays.any(1)
-    rows = wrong.nonzero().flatten().tolist()
-    if rows:
-        row = ordered[rows[0]]
-        outside = row[(row < 0) | (row >= length)].tolist()
-        twice = row[1:][row[1:] == row[:-1]].tolist()
-        if outside or twice:
-            got = f"{outside[0]}" if outside else f"{twice[0]} twice"
-            raise ValueError(
-                f"paths must visit every token from 0 to {length - 1} once, "
-                f"got {got} in row {rows[0]}"
-            )
-        step = int(strays[rows[0]].nonzero()[0])
-        raise ValueError(
-            "paths must stay within each packed sequence, "
-            f"got token {int(paths[rows[0], step])} at step {step} of row {rows[0]}"
-        )
-    if key is not None:
-        _READ_PATHS[paths] = key
-
-
-def _readable(paths: Tensor, cu_seqlens: Tensor | None, length: int) -> Tensor:
-    """Checked paths as the kernels read them.
-
-    A CUDA graph reads values only when it is replayed, and they may be others by then. They are
-    clamped there: a path that is none gives wrong numbers but reads no foreign memory.
-    """
-    if paths.is_cuda and torch.cuda.is_current_stream_capturing():
-        return paths.clamp(0, max(length - 1, 0)).to(torch.int32).contiguous()
-    if cu_seqlens is not None:
-        check_cu_seqlens_values(cu_seqlens, length)
-    check_paths_values(paths, cu_seqlens, length)
-    return paths.to(torch.int32).contiguous()
 
 
 def _directions(
@@ -172,7 +117,7 @@ def _forward(
     dt_softplus: bool,
     training: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    paths = _readable(paths, cu_seqlens, x.shape[1])
+    paths = readable(paths, cu_seqlens, x.shape[1])
     dtype = computing_dtype(x, dt, A, B, C, D, dt_bias, initial_state, z)
     directions = _directions(x, dt, A, B, C, D, dt_bias)
     start = _states(initial_state, len(directions))
@@ -183,8 +128,7 @@ def _forward(
         parts, _, final, kept = forward_kernel.forward(
             [stacked], [h0], None, cu_seqlens, [False], dt_softplus, training, turned
         )
-        y = parts.view(dt.shape).sum(2)
-        out = y if z is None else (y.float() * F.silu(z.float())).to(x.dtype)
+        y, out = add_directions(parts, len(directions), z)
         return out, y if training and z is not None else y.new_empty(0), _apart(final[0], A), kept
     if dtype == torch.float32 and compiled.takes([x, dt, B, C, *([] if z is None else [z])]):
         return compiled.forward(
@@ -229,7 +173,7 @@ def _backward(
     y: Tensor,
     checkpoints: Tensor,
 ) -> list[Tensor]:
-    paths = _readable(paths, cu_seqlens, x.shape[1])
+    paths = readable(paths, cu_seqlens, x.shape[1])
     dtype = computing_dtype(x, dt, A, B, C, D, dt_bias, initial_state, z)
     directions = _directions(x, dt, A, B, C, D, dt_bias)
     start = _states(initial_state, len(directions))
@@ -259,7 +203,7 @@ def _backward(
             checkpoints,
             turned,
         )
-        dx = g.x.view(dt.shape).sum(2)
+        dx, _ = add_directions(g.x, len(directions), None)
         flat = [dx, g.dt, g.A, g.B, g.C, g.D, g.dt_bias, _apart(g.state, A), dz]
         given = (x, dt, A, B, C, D, dt_bias, initial_state, z)
         return [

@@ -23,9 +23,9 @@ from torch import Tensor
 
 from ..launch import adjacent, ceil_div, on_device, power_of_2, sigmoid
 from .kernels import (
-    CHUNK,
     Direction,
     block_d,
+    chunk_of,
     load_row,
     processors,
     softplus,
@@ -41,7 +41,7 @@ AT_ONCE = 8
 
 
 class Spans(NamedTuple):
-    """How sequences are cut: steps a span (a multiple of CHUNK), and spans of all of them."""
+    """How sequences are cut: steps a span, in whole chunks, and number of spans."""
 
     steps: int
     slots: int
@@ -61,11 +61,12 @@ def split(x: Tensor, groups: int, state: int, sequences: int, packed: bool) -> S
     if sequences * narrow >= 4 * units and (not packed or length < SHORTEST * sequences):
         return None
     if packed:
-        steps = length * wide // (8 * units)
+        steps = length * wide // (12 * units)
     else:
-        steps = ceil_div(length, max(2, 8 * units // (batch * wide)))
+        steps = ceil_div(length, max(2, 12 * units // (batch * wide)))
     steps = min(max(steps, SHORTEST), LONGEST)
-    steps = ceil_div(steps, CHUNK) * CHUNK
+    grain, _ = chunk_of(state)
+    steps = ceil_div(steps, grain) * grain
     if steps >= length:
         return None
     slots = length // steps + sequences if packed else batch * ceil_div(length, steps)
@@ -106,6 +107,7 @@ def _span_kernel(
     HAS_Z: tl.constexpr,
     PACKED: tl.constexpr,
     PATH: tl.constexpr,
+    WIDE: tl.constexpr,
     REVERSE: tl.constexpr,
     SOFTPLUS: tl.constexpr,
     BACKWARD: tl.constexpr,
@@ -165,7 +167,7 @@ def _span_kernel(
         V_rows = ()
         z_rows = ()
         for i in tl.static_range(WINDOW):
-            at = token_at(path, tl.minimum(i, count - 1), ahead, PATH)
+            at = token_at(path, tl.minimum(i, count - 1), ahead, PATH, WIDE)
             rows = rows + (load_row(row_ptr + (at * stride_rl + offs_x), mask_d, EVEN_D),)
             dt_rows = dt_rows + (load_row(dt_ptr + (at * stride_dtl + offs_d), mask_d, EVEN_D),)
             V_rows = V_rows + (load_row(V_ptr + (at * stride_Vl + offs_n), mask_n, EVEN_N),)
@@ -181,7 +183,7 @@ def _span_kernel(
             V_rows = ()
             z_rows = ()
             for i in tl.static_range(WINDOW):
-                at = token_at(path, tl.minimum((w + 1) * WINDOW + i, count - 1), ahead, PATH)
+                at = token_at(path, tl.minimum((w + 1) * WINDOW + i, count - 1), ahead, PATH, WIDE)
                 rows = rows + (load_row(row_ptr + (at * stride_rl + offs_x), mask_d, EVEN_D),)
                 dt_rows = dt_rows + (load_row(dt_ptr + (at * stride_dtl + offs_d), mask_d, EVEN_D),)
                 V_rows = V_rows + (load_row(V_ptr + (at * stride_Vl + offs_n), mask_n, EVEN_N),)
@@ -299,7 +301,7 @@ def entering(
     programs = groups * ceil_div(per_group, width)
     strides, flags = strides_and_flags(inputs, z, cu_seqlens, paths, reverse, softplus)
     named = ("stride_dtb", "stride_dtl", "stride_zb", "stride_zl")
-    chosen = ("HAS_BIAS", "HAS_Z", "PACKED", "PATH", "REVERSE", "SOFTPLUS")
+    chosen = ("HAS_BIAS", "HAS_Z", "PACKED", "PATH", "WIDE", "REVERSE", "SOFTPLUS")
     end = rows.new_empty(spans.slots, state, dim, dtype=torch.float32)
     total = rows.new_empty(spans.slots, dim, dtype=torch.float32)
     enter = torch.empty_like(end)
