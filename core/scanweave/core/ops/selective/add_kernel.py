@@ -71,5 +71,6 @@ def add_directions(parts: Tensor, count: int, z: Tensor | None) -> tuple[Tensor,
             BLOCK_T=block_t,
             BLOCK_D=block_d,
             num_warps=4,
+            enable_fp_fusion=True,
         )
     return total, out
