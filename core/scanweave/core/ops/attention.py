@@ -122,6 +122,8 @@ def visible(
 def _dense(
     q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, causal: bool, scale: float | None
 ) -> Tensor:
+    # a branch, not the comparison itself: with sizes of a compiler that is no bool
+    grouped = {"enable_gqa": True} if q.shape[2] != k.shape[2] else {}
     y = F.scaled_dot_product_attention(
         q.transpose(1, 2),
         k.transpose(1, 2),
@@ -129,7 +131,7 @@ def _dense(
         attn_mask=allowed,
         is_causal=causal,
         scale=scale,
-        enable_gqa=q.shape[2] != k.shape[2],
+        **grouped,
     )
     return y.transpose(1, 2)
 
@@ -205,7 +207,7 @@ def _flex(
         v.transpose(1, 2),
         block_mask=blocks,
         scale=scale,
-        enable_gqa=q.shape[2] != k.shape[2],
+        enable_gqa=True if q.shape[2] != k.shape[2] else False,  # noqa: SIM210
     )
     assert isinstance(y, Tensor)
     return y.transpose(1, 2)

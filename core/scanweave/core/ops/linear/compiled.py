@@ -54,7 +54,7 @@ def takes(tensors: Iterable[Tensor]) -> bool:
 
 
 def _rows(v: Tensor) -> tuple[int, int, int, int]:
-    """Pointer, dtype and strides of (B, L, D) with adjacent channels; of (D,) and (S, D) as well."""
+    """Pointer, dtype and strides of (B, L, D) with adjacent channels, or of (D,) and (S, D)."""
     batch, step = (v.stride(0), v.stride(1)) if v.ndim == 3 else (0, 0)
     return (v.data_ptr(), _TYPES[v.dtype], batch, step)
 

@@ -4,7 +4,8 @@ Tokens are laid out time-major and one fused multiply-add per step advances all 
 with few channels is cut into segments that run side by side: with T steps a segment, T and L / T
 steps of Python replace L. What a segment starts from reaches its steps through the product of
 their decays, so nothing is divided and nothing overflows. Packed sequences are sorted by falling
-length (`selective.portable.TimeMajor`), so that no row meets another one's values.
+length (`selective.portable.TimeMajor`), so that no row meets another one's values. Conjugates are
+computed, not marked: below autograd, compiled programs skip the dispatch that resolves the mark.
 
 Letters: L length, R rows, T tokens or steps a segment, K segments, D channels, S sequences.
 """
@@ -69,12 +70,12 @@ def scan_backward(
     if not xs.shape[0]:
         return x.to(dtype), torch.zeros_like(log_a, dtype=dtype), last.clone()
     h = run(xs, _later(decay), _at(decay, 0) * first)
-    back = _later(decay).conj()
+    back = _later(decay).conj_physical()
     s = run(g.flip(0), back.flip(0) if back.ndim == 3 else back, last).flip(0)
     carried = decay * torch.cat([first.unsqueeze(0), h[:-1]])
-    dlog_a = s * carried.conj()
+    dlog_a = s * carried.conj_physical()
     dlog_a = dlog_a.sum((0, 1)) if log_a.ndim == 1 else _from_time(dlog_a, reverse)
-    return _from_time(s, reverse), dlog_a, _at(decay, 0).conj() * s[0]
+    return _from_time(s, reverse), dlog_a, _at(decay, 0).conj_physical() * s[0]
 
 
 def run(x: Tensor, decay: Tensor, start: Tensor) -> Tensor:
@@ -255,11 +256,11 @@ def _packed_backward(
     s[inp.last] += e[: inp.alive]
     for span, after in zip(inp.spans[-2::-1], inp.spans[:0:-1], strict=True):
         later = s[after]
-        s[span][: later.shape[0]].addcmul_(inp.factor(after).conj(), later)
+        s[span][: later.shape[0]].addcmul_(inp.factor(after).conj_physical(), later)
     carried = inp.decay * inp.previous(h, first)
-    dlog_a = s * carried.conj()
+    dlog_a = s * carried.conj_physical()
     dlog_a = dlog_a.sum(0) if inp.constant else layout.from_time(dlog_a)
     if inp.alive:
         head = slice(0, inp.alive)
-        e[head] = inp.factor(head).conj() * s[head]
+        e[head] = inp.factor(head).conj_physical() * s[head]
     return layout.from_time(s), dlog_a, layout.from_rows(e)

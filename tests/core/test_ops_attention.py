@@ -1,0 +1,216 @@
+"""Sequence attention against a softmax over the pairs that its rules allow, one token at a time."""
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from tests.core.linear_cases import Check
+from tests.core.op_cases import assert_all_near, evaluate, pack
+from torch import Tensor
+
+from scanweave.core.ops.attention import sequence_attention, visible
+
+pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+BACKENDS = pytest.mark.parametrize("backend", ["dense", "flex"])
+LENGTHS = (3, 0, 1, 6, 1)
+RULES = [
+    {},
+    {"causal": True},
+    {"window": 3},
+    {"window": 3, "causal": True},
+    {"window": 1, "causal": True},
+    {"window": 2, "causal": True, "prefix": 2},
+    {"window": 2, "prefix": 1},
+]
+EACH_RULE = pytest.mark.parametrize("rule", RULES, ids=str)
+
+
+def heads(
+    batch: int, queries: int, keys: int, heads: int = 4, groups: int = 2, dtype: Any = torch.float64
+) -> dict[str, Tensor]:
+    rng = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        values = torch.randn(*shape, generator=rng, dtype=torch.float64)
+        return values.to(dtype).requires_grad_()
+
+    k, v = draw(batch, keys, groups, 8), draw(batch, keys, groups, 8)
+    return {"q": draw(batch, queries, heads, 8), "k": k, "v": v}
+
+
+def one_sequence(
+    q: Tensor, k: Tensor, v: Tensor, real: list[bool], scale: float, rule: dict[str, Any]
+) -> Tensor:
+    """(L, H, P) from (L, H, P) and (T, G, P): lists of what each token sees, then softmax."""
+    past, rows = k.shape[0] - q.shape[0], []
+    place = list(itertools.accumulate(real))
+    for i in range(past, k.shape[0]):
+        seen = []
+        for j in range(k.shape[0]):
+            near = abs(place[i] - place[j]) < (rule.get("window") or 10**9)
+            ok = real[j] and (near or place[j] <= rule.get("prefix", 0))
+            if rule.get("causal"):
+                ok = ok and j <= i
+            if ok or i == j:
+                seen.append(j)
+        per_group = q.shape[1] // k.shape[1]
+        out = []
+        for h in range(q.shape[1]):
+            g = h // per_group
+            weights = (scale * (k[seen, g] @ q[i - past, h])).softmax(0)
+            out.append(weights @ v[seen, g])
+        rows.append(torch.stack(out))
+    return torch.stack(rows)
+
+
+def reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    scale: float | None = None,
+    **rule: Any,
+) -> Tensor:
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if cu_seqlens is not None:
+        parts = []
+        for a, b in itertools.pairwise(cu_seqlens.tolist()):
+            if b > a:
+                given = (q[0, a:b], k[0, a:b], v[0, a:b])
+                parts.append(one_sequence(*given, [True] * (b - a), scale, rule))
+        return torch.cat(parts).unsqueeze(0)
+    real = torch.ones(k.shape[:2], dtype=torch.bool) if mask is None else mask
+    rows = zip(q, k, v, real.tolist(), strict=True)
+    return torch.stack([one_sequence(*row, scale, rule) for row in rows])
+
+
+def against_reference(
+    assert_near: Check, inputs: dict[str, Tensor], backend: str, **options: Any
+) -> None:
+    if backend == "flex":  # has no gradient on a CPU; test_ops_linear_gpu.py has it
+        given = {k: v.detach() for k, v in inputs.items()}
+        y = sequence_attention(**given, backend="flex", **options)
+        assert_near(y, reference(**given, **options))
+        return
+    actual = evaluate(sequence_attention, inputs, backend=backend, **options)
+    expected = evaluate(reference, inputs, **options)
+    for name in ("gradient of q", "gradient of k"):
+        # of one key, weights are 1 whatever the scores: nothing to be relative to
+        if not expected[name].any():
+            assert actual.pop(name).abs().max() < 1e-12
+            del expected[name]
+    assert_all_near(assert_near, actual, expected)
+
+
+@EACH_RULE
+@BACKENDS
+@pytest.mark.parametrize("past", [0, 4])
+def test_rules(assert_near: Check, past: int, backend: str, rule: dict[str, Any]):
+    inputs = heads(2, 7, 7 + past)
+    against_reference(assert_near, inputs, backend, **rule)
+
+
+@EACH_RULE
+@BACKENDS
+def test_packed(assert_near: Check, backend: str, rule: dict[str, Any]):
+    inputs = heads(1, sum(LENGTHS), sum(LENGTHS))
+    options = {"cu_seqlens": pack(LENGTHS), **rule}
+    against_reference(assert_near, inputs, backend, **options)
+
+
+@EACH_RULE
+@BACKENDS
+def test_masked(assert_near: Check, backend: str, rule: dict[str, Any]):
+    """Padding on both sides and between; keys of a cache before the queries."""
+    inputs = heads(2, 7, 9)
+    mask = torch.tensor([[0, 1, 1, 0, 1, 1, 1, 1, 0], [1, 1, 1, 0, 0, 0, 1, 0, 1]]).bool()
+    against_reference(assert_near, inputs, backend, mask=mask, **rule)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@BACKENDS
+def test_groups_and_scale(assert_near: Check, backend: str, groups: int):
+    inputs = heads(1, 5, 5, groups=groups)
+    against_reference(assert_near, inputs, backend, causal=True, scale=0.3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_precision(assert_near: Check, dtype: torch.dtype):
+    inputs = {k: v.detach() for k, v in heads(2, 7, 7, dtype=dtype).items()}
+    y = sequence_attention(**inputs, window=3, causal=True)
+    assert y.dtype == dtype
+    assert_near(y, reference(**{k: v.double() for k, v in inputs.items()}, window=3, causal=True))
+
+
+def test_window_as_long_as_the_sequence_is_none(assert_near: Check):
+    inputs = {k: v.detach() for k, v in heads(2, 7, 7).items()}
+    assert_near(sequence_attention(**inputs, window=7), sequence_attention(**inputs))
+
+
+def test_visible_counts_the_present_token():
+    seen = visible(6, 6, True, 3, 0, None, torch.device("cpu"))
+    assert seen.sum(1).tolist() == [1, 2, 3, 3, 3, 3]
+    seen = visible(6, 6, False, 2, 0, None, torch.device("cpu"))
+    assert seen.sum(1).tolist() == [2, 3, 3, 3, 3, 2]
+
+
+@pytest.mark.parametrize("sizes", [(2, 0, 0), (0, 4, 4)], ids=str)
+def test_empty(sizes: tuple[int, int, int]):
+    values = evaluate(sequence_attention, heads(*sizes), causal=True)
+    assert values["output 0"].shape == (sizes[0], sizes[1], 4, 8)
+    y = sequence_attention(**heads(1, 0, 0), cu_seqlens=pack((0, 0)))
+    assert y.shape == (1, 0, 4, 8)
+
+
+def test_compiles_to_one_graph(assert_near: Check):
+    inputs = {k: v.detach() for k, v in heads(2, 7, 9).items()}
+    torch._dynamo.reset()
+    f = torch.compile(sequence_attention, fullgraph=True, backend="aot_eager", dynamic=True)
+    for options in ({"causal": True}, {"causal": True, "window": 3, "prefix": 1}):
+        assert_near(f(**inputs, **options), sequence_attention(**inputs, **options))
+
+
+def zeros(*shape: int) -> Tensor:
+    return torch.zeros(*shape)
+
+
+ERRORS: list[tuple[dict[str, Any], str]] = [
+    ({"q": zeros(2, 5, 8)}, r"q must be \(B, L, H, P\), got \(2, 5, 8\)"),
+    ({"k": zeros(2, 5, 4, 6)}, r"k must be \(B, T, G, P\) = \(2, 5, 4, 8\)"),
+    ({"v": zeros(2, 4, 4, 8)}, r"v must be \(B, T, G, P\) = \(2, 5, 4, 8\)"),
+    (
+        {"k": zeros(2, 5, 3, 8), "v": zeros(2, 5, 3, 8)},
+        "k must have heads that divide the 4 of q, got 3",
+    ),
+    ({"k": zeros(2, 4, 4, 8), "v": zeros(2, 4, 4, 8)}, "k must have at least the 5 places of q"),
+    ({"window": 0}, "window must be at least 1, got 0"),
+    ({"prefix": -1}, "prefix must be at least 0, got -1"),
+    ({"mask": zeros(2, 5)}, r"mask must be bool \(B, T\) = \(2, 5\)"),
+    ({"backend": "fast"}, "backend must be 'auto', 'dense' or 'flex', got 'fast'"),
+    ({"cu_seqlens": pack((5,))}, "q and k must have batch 1 and one length with cu_seqlens"),
+    (
+        {"cu_seqlens": pack((5,)), "mask": torch.ones(2, 5, dtype=torch.bool)},
+        "mask must be None with cu_seqlens",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), ERRORS, ids=[v[1] for v in ERRORS])
+def test_refuses(changes: dict[str, Any], message: str):
+    given = {name: zeros(2, 5, 4, 8) for name in ("q", "k", "v")}
+    with pytest.raises(ValueError, match=message):
+        sequence_attention(**given | changes)
+
+
+def test_refuses_packing_that_does_not_fit():
+    given = {name: zeros(1, 5, 4, 8) for name in ("q", "k", "v")}
+    for cu, message in (
+        (torch.zeros(2, 2), r"cu_seqlens must be a tensor \(S \+ 1,\)"),
+        (torch.zeros(2), "cu_seqlens must be int32 or int64"),
+        (pack((2, 2)), "cu_seqlens must start at 0 and end at the length 5"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sequence_attention(**given, cu_seqlens=cu)
