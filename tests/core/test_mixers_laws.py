@@ -15,8 +15,11 @@ Check = Callable[..., None]
 DIM = 8
 # besides every mixer's defaults: the smallest sizes, and options that change the code's path
 VARIANTS: dict[str, list[dict[str, Any]]] = {
-    "attention": [{"num_heads": 4, "bias": False}],
-    "attention_bidirectional": [{"num_heads": 2}],
+    "attention": [
+        {"num_heads": 4, "bias": False},
+        {"num_heads": 4, "num_kv_heads": 2, "window": 3},
+    ],
+    "attention_bidirectional": [{"num_heads": 2}, {"num_heads": 2, "num_kv_heads": 1}],
     "bimamba": [{"d_state": 1, "d_conv": 1, "expand": 1, "average": False, "bias": True}],
     "gated_cnn": [{"kernel_size": 1, "conv_ratio": 0.5}, {"kernel_size": 4, "expansion": 2}],
     "gated_cnn_bidirectional": [{"kernel_size": 3, "conv_ratio": 0.25}],

@@ -149,6 +149,12 @@ BAD_CONFIGS = [
     ("bimamba", {"d_state": -1}, "d_state must be at least 1, got -1"),
     ("attention", {"num_heads": 3}, "num_heads must divide d_model 8, got 3"),
     ("attention", {"num_heads": 0}, "num_heads must divide d_model 8, got 0"),
+    (
+        "attention",
+        {"num_heads": 4, "num_kv_heads": 3},
+        "num_kv_heads must divide num_heads 4, got 3",
+    ),
+    ("attention", {"window": 0}, "window must be at least 1, got 0"),
     ("attention_bidirectional", {"num_heads": -1}, "num_heads must divide d_model 8, got -1"),
     ("gated_cnn", {"conv_ratio": 0.0}, "conv_ratio * d_model must be from 1 to"),
     ("gated_cnn", {"conv_ratio": 3.0}, "expansion * d_model = 21, got 24"),

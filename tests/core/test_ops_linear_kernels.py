@@ -293,4 +293,5 @@ def test_average_empty(device: str, sizes: tuple[int, int, int]):
     assert values["output 0"].shape == sizes
     assert not values["gradient of log_decay"].any()
     if sizes[1] == 0:
-        assert torch.equal(values["output 1"], inputs["initial_state"])
+        # m goes to base 2 and back
+        torch.testing.assert_close(values["output 1"], inputs["initial_state"].detach())
