@@ -31,9 +31,9 @@ def _leaves(shape: Shape, tensors: dict[str, Tensor], device: torch.device) -> I
 
 
 def _log_decays(draw: Draw, *size: int) -> Tensor:
-    """Memories of 10 to 1000 steps, float32."""
+    """Memories of 10 to 100 steps, float32."""
     uniform = torch.rand(*size, generator=draw.rng, device=draw.device)
-    return -torch.exp(uniform * 4.6 - 6.9)
+    return -torch.exp(uniform * 2.3 - 4.6)
 
 
 def _make_constant(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
