@@ -5,6 +5,7 @@ Letters: B batch, L length, S packed sequences.
 
 import itertools
 import os
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -18,6 +19,11 @@ _READ_CU_SEQLENS: WeakIdKeyDictionary = WeakIdKeyDictionary()
 def describe(tensor: Tensor) -> str:
     """Shape, dtype and device, as error messages show them."""
     return f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """Keep the dtypes that an op chooses; the meta device knows no autocast."""
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 def check_tensor(

@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable
 from typing import Any, Literal, overload
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -104,15 +103,15 @@ def time_steps(
 ) -> tuple[Tensor, Tensor]:
     """Time steps delta = clamp(softplus(dt + dt_bias)) and the log decay delta A, both (..., H)."""
     dtype = computing_dtype(dt, A, dt_bias)
-    with torch.autocast(dt.device.type, enabled=False):
-        delta = dt.to(dtype)
-        if dt_bias is not None:
-            delta = delta + dt_bias.to(dtype)
-        if dt_softplus:
-            delta = F.softplus(delta)
-        if tuple(dt_limit) != (0.0, math.inf):
-            delta = delta.clamp(*dt_limit)
-        return delta, delta * A.to(dtype)
+    # elementwise: autocast changes nothing here
+    delta = dt.to(dtype)
+    if dt_bias is not None:
+        delta = delta + dt_bias.to(dtype)
+    if dt_softplus:
+        delta = F.softplus(delta)
+    if tuple(dt_limit) != (0.0, math.inf):
+        delta = delta.clamp(*dt_limit)
+    return delta, delta * A.to(dtype)
 
 
 def gated_linear_attention(

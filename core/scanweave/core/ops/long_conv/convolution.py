@@ -15,7 +15,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from ..checks import check_tensor, computing_dtype
+from ..checks import check_tensor, computing_dtype, without_autocast
 
 
 def transform_size(length: int) -> int:
@@ -124,7 +124,7 @@ def fft_conv(
     if initial_state is not None:
         check_tensor("initial_state", initial_state, (batch, past, dim), x, "(B, K - 1, D)")
     dtype = computing_dtype(x, kernel, D, gate, kernel_back, initial_state)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         xs = x.to(dtype)
         turned = xs.flip(1) if reverse else xs
         whole = turned

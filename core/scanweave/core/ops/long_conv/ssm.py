@@ -18,7 +18,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from ..checks import check_cu_seqlens
+from ..checks import check_cu_seqlens, without_autocast
 from ..linear import linear_scan
 from ..linear.reference import state_dtype
 from .convolution import convolve
@@ -70,7 +70,7 @@ def ssm_kernel(log_a: Tensor, B: Tensor, C: Tensor, length: int) -> Tensor:
     """
     _check_weights(log_a, B, C, log_a)
     dtype = state_dtype(log_a, B, C)
-    with torch.autocast(log_a.device.type, enabled=False):
+    with without_autocast(log_a):
         log_a, weights = log_a.to(dtype), B.to(dtype) * C.to(dtype)
         return _read(torch.einsum("dn,dnt->dt", weights, _powers(log_a, length)))
 
@@ -181,7 +181,7 @@ def diagonal_ssm(
         )
     dtype = state_dtype(x, log_a, B, C, initial_state)
     real = torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         xs, log_a, B, C = x.to(real), log_a.to(dtype), B.to(dtype), C.to(dtype)
         state = None if initial_state is None else initial_state.to(dtype)
         scan = mode == "scan" or (mode == "auto" and length < CONVOLVE_FROM)

@@ -17,6 +17,10 @@ from .kernels import Direction, backward_plan, chunk_of, prepare, strides_and_fl
 from .portable import ScanGradients
 from .spans import entering, split
 
+# steps whose states are recomputed together: their rows are all loaded before the first is used.
+# Forward and backward at B128 L197 D768 N16 on an H100: 1059 us, 1104 us with 8
+DEEP = 4
+
 
 def backward(
     dout: Tensor,
@@ -121,6 +125,7 @@ def backward(
                     BLOCK_N=plan.block_n,
                     BLOCK_D=plan.block_d,
                     WINDOW=plan.window,
+                    DEEP=DEEP,
                     num_warps=1,
                     num_stages=1,
                     enable_fp_fusion=True,

@@ -88,6 +88,7 @@ def backward_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     WINDOW: tl.constexpr,
+    DEEP: tl.constexpr,
 ):
     """Run one span of one sequence backwards, for a block of channels."""
     slot = (tl.program_id(0) // programs).to(tl.int64)
@@ -158,68 +159,7 @@ def backward_kernel(
         if HAS_Z:
             z_chunk = z_ptr + pid_b * stride_zb + row * stride_zl
         keep_chunk = keep_ptr + (kept + c) * EACH * STATE * dim + across
-        if EACH > 1:
-            # every window's first state was kept
-            h = tl.load(keep_chunk + (windows - 1) * STATE * dim, mask=mask, other=0.0)
-        else:
-            h = tl.load(keep_chunk, mask=mask, other=0.0)
-            # 1. recompute the chunk's states, parking the one before each window but the last;
-            # the rows of the next window are loaded before the present one is computed
-            at_rows = ()
-            x_rows = ()
-            dt_rows = ()
-            B_rows = ()
-            for i in tl.static_range(WINDOW):
-                at = token_at(path, tl.minimum(i, count - 1), ahead, PATH, WIDE)
-                if PATH:
-                    beyond = tl.minimum(WINDOW + i, count - 1)
-                    at_rows = at_rows + (token_at(path, beyond, ahead, PATH, WIDE),)
-                x_rows = x_rows + (load_row(x_chunk + (at * stride_xl + offs_x), mask_d, EVEN_D),)
-                dt_rows = dt_rows + (
-                    load_row(dt_chunk + (at * stride_dtl + offs_d), mask_d, EVEN_D),
-                )
-                B_rows = B_rows + (load_row(B_chunk + (at * stride_Bl + offs_n), mask_n, EVEN_N),)
-            for w in range(windows - 1):
-                tl.store(scratch_ptr + w * parked, h)
-                x_now = x_rows
-                dt_now = dt_rows
-                B_now = B_rows
-                at_now = at_rows
-                at_rows = ()
-                x_rows = ()
-                dt_rows = ()
-                B_rows = ()
-                for i in tl.static_range(WINDOW):
-                    if PATH:
-                        beyond = tl.minimum((w + 2) * WINDOW + i, count - 1)
-                        at_rows = at_rows + (token_at(path, beyond, ahead, PATH, WIDE),)
-                        at = at_now[i]
-                    else:
-                        at = token_at(
-                            path, tl.minimum((w + 1) * WINDOW + i, count - 1), ahead, PATH, WIDE
-                        )
-                    x_rows = x_rows + (
-                        load_row(x_chunk + (at * stride_xl + offs_x), mask_d, EVEN_D),
-                    )
-                    dt_rows = dt_rows + (
-                        load_row(dt_chunk + (at * stride_dtl + offs_d), mask_d, EVEN_D),
-                    )
-                    B_rows = B_rows + (
-                        load_row(B_chunk + (at * stride_Bl + offs_n), mask_n, EVEN_N),
-                    )
-                for i in tl.static_range(WINDOW):
-                    delta = dt_now[i].to(tl.float32) + bias
-                    if SOFTPLUS:
-                        delta = softplus(delta)
-                    u = delta * x_now[i].to(tl.float32)
-                    h = (
-                        tl.exp2(A * delta[:, None]) * h
-                        + u[:, None] * B_now[i].to(tl.float32)[None, :]
-                    )
-            tl.debug_barrier()
-
-        # 2. walk the windows back, again one window of rows and states ahead
-        h_ahead = h
+        # the rows of the last window, so that they are there after the states
         x_rows = ()
         dt_rows = ()
         B_rows = ()
@@ -246,6 +186,39 @@ def backward_kernel(
                 z_rows = z_rows + (load_row(z_chunk + (at * stride_zl + offs_d), mask_d, EVEN_D),)
             if WRITE_DZ:
                 y_rows = y_rows + (load_row(y_ptr + here + (at * dim + offs_d), mask_d, EVEN_D),)
+        if EACH > 1:
+            # every window's first state was kept
+            h = tl.load(keep_chunk + (windows - 1) * STATE * dim, mask=mask, other=0.0)
+        else:
+            h = tl.load(keep_chunk, mask=mask, other=0.0)
+            # 1. recompute the chunk's states up to its last window, and park the one before each
+            recomputed = (windows - 1) * WINDOW
+            for w in range(tl.cdiv(recomputed, DEEP)):
+                x_now = ()
+                dt_now = ()
+                B_now = ()
+                for i in tl.static_range(DEEP):
+                    t = tl.minimum(w * DEEP + i, count - 1)
+                    at = token_at(path, t, ahead, PATH, WIDE)
+                    x_now = x_now + (load_row(x_chunk + (at * stride_xl + offs_x), mask_d, EVEN_D),)
+                    dt_now = dt_now + (
+                        load_row(dt_chunk + (at * stride_dtl + offs_d), mask_d, EVEN_D),
+                    )
+                    B_now = B_now + (load_row(B_chunk + (at * stride_Bl + offs_n), mask_n, EVEN_N),)
+                for i in tl.static_range(DEEP):
+                    if i % WINDOW == 0:
+                        tl.store(scratch_ptr + (w * DEEP + i) // WINDOW * parked, h)
+                    delta = dt_now[i].to(tl.float32) + bias
+                    if SOFTPLUS:
+                        delta = softplus(delta)
+                    delta = tl.where(w * DEEP + i < recomputed, delta, 0.0)
+                    u = delta * x_now[i].to(tl.float32)
+                    B = B_now[i].to(tl.float32)
+                    h = tl.exp2(A * delta[:, None]) * h + u[:, None] * B[None, :]
+            tl.debug_barrier()
+
+        # 2. walk the windows back, one window of rows and states ahead
+        h_ahead = h
         for wi in range(windows):
             w = windows - 1 - wi
             h = h_ahead
