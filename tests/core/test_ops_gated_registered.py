@@ -18,6 +18,7 @@ from scanweave.core import (
     gated_linear_scan_step,
     ssd,
 )
+from scanweave.core.ops.gated import kernels
 
 Check = Callable[..., None]
 SCAN = torch.ops.scanweave.gated_linear_scan.default
@@ -319,3 +320,16 @@ def test_compiled_gradients_are_right(assert_near: Check):
     f = compiled(bidirectional_gated_linear_scan)
     expected = evaluate(bidirectional_gated_linear_scan, inputs)
     assert_all_near(assert_near, evaluate(f, inputs), expected)
+
+
+def test_blocks_of_halves_are_wide():
+    """Triton compiles narrower ones wrongly for Hopper."""
+    half = kernels.Precision(kernels.tl.bfloat16, "tf32", torch.bfloat16, 64)
+    full = kernels.Precision(kernels.tl.float32, "tf32", torch.float32, 32)
+    for keys, width in ((1, 1), (16, 32), (32, 16), (200, 80)):
+        q, v = torch.empty(1, 1, 1, keys), torch.empty(1, 1, 1, width)
+        plan = kernels.plan_of(q, v, half, 128, 64)
+        assert min(plan.block_k, plan.block_v) >= 64
+        assert plan.block_k * plan.key_blocks >= keys
+        assert plan.block_v * plan.value_blocks >= width
+        assert kernels.plan_of(q, v, full, 64, 64).block_k <= 64

@@ -32,6 +32,9 @@ from ..launch import LOG2_E, ceil_div, on_device, power_of_2
 CHUNK, WIDE_CHUNK = 64, 32
 # heads of one program of the sums
 SUM_HEADS = 16
+# keys or values of a block, at least: Triton 3.6 and later compile products of 32 16-bit columns
+# for Hopper so that they read outside of shared memory (its issues 10573 and 11366)
+LEAST_BLOCK, LEAST_HALF_BLOCK = 16, 64
 
 
 @triton.jit
@@ -332,12 +335,14 @@ class Plan(NamedTuple):
 
 
 def plan_of(q: Tensor, v: Tensor, precision: Precision, most_k: int, most_v: int) -> Plan:
-    """Blocks of powers of 2, at least 16; half as many float32 keys fit."""
-    if precision.operand != tl.bfloat16:
+    """Blocks of powers of 2; half as many float32 keys fit."""
+    half = precision.operand == tl.bfloat16
+    if not half:
         most_k, most_v = min(most_k, 64), min(most_v, 64)
+    least = LEAST_HALF_BLOCK if half else LEAST_BLOCK
     keys, width = q.shape[3], v.shape[3]
-    block_k = max(16, min(most_k, power_of_2(keys)))
-    block_v = max(16, min(most_v, power_of_2(width)))
+    block_k = max(least, min(most_k, power_of_2(keys)))
+    block_v = max(least, min(most_v, power_of_2(width)))
     return Plan(block_k, block_v, ceil_div(keys, block_k), ceil_div(width, block_v))
 
 
