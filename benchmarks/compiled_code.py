@@ -62,6 +62,9 @@ GUARDED = (
     ("sm_90", "path_selective_scan", "ss2d_56", "training"),
     ("sm_90", "causal_conv1d", "vim_s", "training"),
     ("sm_90", "selective_scan_step", "step_b64", "inference"),
+    ("sm_90", "ssd", "lm", "training"),
+    ("sm_90", "bidirectional_ssd", "vim_s", "inference"),
+    ("sm_90", "bidirectional_ssd", "vim_s", "training"),
     ("sm_90", "linear_scan", "graph", "training"),
     ("sm_90", "rms_norm_gated", "lm", "training"),
 )

@@ -18,6 +18,7 @@ from scanweave.core import (
 from scanweave.core.ops.conv import causal_conv1d_ref
 
 from .floor import Work
+from .gated_ops import GATED_OPS
 from .inputs import BACK, WEIGHTS, Draw, Inputs, Op, direction
 from .paths import PATH_SCAN
 from .primitives import LINEAR_SCAN, NORM
@@ -197,6 +198,7 @@ OPS: dict[str, Op] = {
             *(_make_step, _run_step, _exact_step, _step_work),
             backward=False,
         ),
+        *GATED_OPS,
         LINEAR_SCAN,
         NORM,
         Op("mixer", _make_mixer, _run_mixer, _exact_mixer, None),

@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .gated_ops import GATED_PEERS
 from .inputs import BACK, Inputs, Op
 from .path_peers import gated_norm, hgrn, vmamba
 from .prepared import Layout, Peer, Prepared, Skip, attribute, need_cuda
@@ -262,6 +263,7 @@ PEERS: dict[str, tuple[Peer, ...]] = {
         Peer("mamba_ssm", "mamba_ssm", _state_update("selective_state_update", True)),
         Peer("mamba_ssm loop", "mamba_ssm", _state_update("selective_state_update_ref", False)),
     ),
+    **GATED_PEERS,
     "linear_scan": (Peer("fla", "fla_core", hgrn),),
     "rms_norm_gated": (Peer("mamba_ssm", "mamba_ssm", gated_norm),),
     "mixer": (

@@ -23,6 +23,8 @@ SHORT = {
     "path_selective_scan": "four paths",
     "selective_scan_step": "step",
     "causal_conv1d": "convolution",
+    "ssd": "SSD",
+    "bidirectional_ssd": "SSD, both directions",
     "rms_norm_gated": "gated norm",
     "linear_scan": "linear scan",
 }

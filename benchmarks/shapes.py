@@ -21,6 +21,7 @@ class Shape:
         gate: Whether there is a z.
         packed: Shortest and longest sequence of a packed row; (0, 0) is a dense batch.
         width: Taps of the convolution.
+        head: Channels of a head, 0 where there are no heads.
         grid: Rows and columns of a grid of tokens, L in all; (0, 0) where there is none.
         mixer: Name in the registry of mixers, for the op `mixer`.
         small: So little work that launches take most of the time: replayed as a graph as well.
@@ -34,6 +35,7 @@ class Shape:
     gate: bool = True
     packed: tuple[int, int] = (0, 0)
     width: int = 4
+    head: int = 0
     grid: tuple[int, int] = (0, 0)
     mixer: str = ""
     small: bool = False
@@ -52,6 +54,7 @@ class Shape:
             length=12 if self.grid[0] else length,
             grid=(3, 4) if self.grid[0] else (0, 0),
             dim=8,
+            head=min(self.head, 4),
             state=min(self.state, 4),
             packed=(2, 12) if self.is_packed else (0, 0),
         )
@@ -88,6 +91,13 @@ GRID_CPU = Shape("ss2d_28_b2", 2, 784, 192, state=1, gate=False, grid=(28, 28))
 STEPS = tuple(
     Shape(f"step_b{batch}", batch, 1, 256, small=True) for batch in (1, 16, 64, 256, 1024, 4096)
 )
+# Mamba-2 and Hydra, whose heads have 64 channels
+SSD_LM = Shape("lm", 8, 4096, 2048, state=128, gate=False, head=64)
+SSD_VIM = Shape("vim_s", 128, 197, 1536, state=64, gate=False, head=64)
+SSD_GRAPH = replace(GRAPH, state=64, gate=False, head=64)
+SSD_RL = Shape("rl", 64, 60, 512, state=64, gate=False, head=64, small=True)
+SSD_LM_CPU = Shape("lm_b1", 1, 1024, 512, state=64, gate=False, head=64)
+SSD_VIM_CPU = Shape("vim_b2", 2, 197, 384, state=64, gate=False, head=64)
 
 
 def _blocks(base: Shape, *mixers: str) -> tuple[Shape, ...]:
@@ -117,6 +127,8 @@ SHAPES: dict[str, dict[str, tuple[Shape, ...]]] = {
         "cpu": _stateless(VIM_CPU, LM_CPU, RL, GRAPH_CPU),
     },
     "selective_scan_step": {"cuda": STEPS, "cpu": STEPS[:3:2]},
+    "ssd": {"cuda": (SSD_LM, SSD_GRAPH, SSD_RL), "cpu": (SSD_LM_CPU, SSD_RL)},
+    "bidirectional_ssd": {"cuda": (SSD_VIM, SSD_GRAPH), "cpu": (SSD_VIM_CPU,)},
     "linear_scan": {"cuda": _stateless(LM, LONG, GRAPH), "cpu": _stateless(LM_CPU)},
     "rms_norm_gated": {"cuda": _stateless(LM), "cpu": _stateless(LM_CPU)},
     "mixer": {

@@ -196,7 +196,8 @@ def test_peers_give_our_results(op: Op, packed: bool):
         op.name in ("selective_scan_step", "rms_norm_gated", "mixer") or "path" in op.name
     ):
         pytest.skip("no packed shapes")
-    shape = Shape("s", 2, 9, 4, state=3, grid=(3, 3), mixer="mamba" if op.name == "mixer" else "")
+    mixer = "mamba" if op.name == "mixer" else ""
+    shape = Shape("s", 2, 9, 4, state=3, head=2, grid=(3, 3), mixer=mixer)
     if packed:
         shape = dataclasses.replace(shape, batch=1, length=21, packed=(2, 9))
     if op.name == "selective_scan_step":

@@ -3,14 +3,18 @@
 import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from benchmarks import plot, run, timing
 from benchmarks.check import errors, exact, output_gradient, require
+from benchmarks.gated_ops import attention_prepared, both_prepared, one_prepared
 from benchmarks.ops import OPS
 from benchmarks.path_peers import path_prepared
 from benchmarks.paths import along, natural, spread
+from benchmarks.prepared import Skip
 from benchmarks.report import Row, environment, ratio, read_csv, table, write_csv
 from benchmarks.shapes import SHAPES, Shape
 from benchmarks.timing import Kernel, kernel_time, split_calls
@@ -130,6 +134,63 @@ def test_vmambas_layout_gives_our_results():
     assert inputs.paths is not None
     peer = path_prepared(inputs, inputs.paths, channel_first_scan, cross_scan, cross_merge)
     require(errors(exact(op, inputs, dout), peer, dout), torch.float32)
+
+
+def mamba2_scan(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_size: int, **options: Any
+) -> Tensor:
+    from scanweave.core import ssd
+
+    assert options.pop("dt_softplus")
+    seq_idx = options.pop("seq_idx", None)
+    cu_seqlens = None
+    if seq_idx is not None:
+        counts = torch.bincount(seq_idx[0])
+        cu_seqlens = F.pad(counts.cumsum(0), (1, 0)).int()
+    return ssd(x, dt, A, B, C, **options, cu_seqlens=cu_seqlens)
+
+
+def linear_attention(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, cu_seqlens: Tensor | None
+) -> tuple[Tensor, None]:
+    from scanweave.core import gated_linear_attention
+
+    cu_seqlens = None if cu_seqlens is None else cu_seqlens.int()
+    out = gated_linear_attention(q, k, v, g, scale=scale, cu_seqlens=cu_seqlens)
+    assert isinstance(out, Tensor)
+    return out, None
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_mamba2s_layouts_give_our_results(packed: bool):
+    """Of both directions as a batch, and as attention, so that the GPU times the same thing."""
+    shape = Shape("s", 1 if packed else 2, 21, 8, state=3, head=4, packed=(2, 9 * packed))
+    peers = [
+        ("ssd", lambda inputs: one_prepared(inputs, mamba2_scan)),
+        ("ssd", lambda inputs: attention_prepared(inputs, linear_attention)),
+        ("bidirectional_ssd", lambda inputs: both_prepared(inputs, mamba2_scan)),
+    ]
+    for name, prepare in peers[: 2 if packed else 3]:
+        op = OPS[name]
+        inputs = op.make(shape, torch.float32, CPU)
+        dout = output_gradient(op, inputs)
+        require(errors(exact(op, inputs, dout), prepare(inputs), dout), torch.float32)
+    if packed:
+        inputs = OPS["bidirectional_ssd"].make(shape, torch.float32, CPU)
+        with pytest.raises(Skip, match="has no packed sequences"):
+            both_prepared(inputs, mamba2_scan)
+
+
+def test_work_of_mamba2():
+    """Its scan at a language model's size moves at least 0.3 GB."""
+    op = OPS["ssd"]
+    assert op.work is not None
+    (shape,) = (s for s in SHAPES["ssd"]["cuda"] if s.name == "lm")
+    forward, backward = op.work(shape, torch.bfloat16)
+    tokens = 8 * 4096
+    assert forward.bytes == 2 * tokens * (2 * 2048 + 2 * 128 + 32)
+    assert backward.bytes == 2 * tokens * (3 * 2048 + 4 * 128 + 2 * 32)
+    assert forward.exponentials == 3 * tokens * 32
 
 
 def test_work_of_four_paths():
