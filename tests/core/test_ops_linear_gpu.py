@@ -38,13 +38,17 @@ def ragged(total: int, longest: int, seed: int) -> tuple[int, ...]:
 
 
 def check(
-    assert_near: Check, op: Callable[..., Any], inputs: dict[str, Any], **options: Any
+    assert_near: Check,
+    op: Callable[..., Any],
+    inputs: dict[str, Any],
+    factor: float = 1.0,
+    **options: Any,
 ) -> None:
     """Outputs and gradients against the same op in float64, which takes another path."""
     actual = evaluate(op, inputs, **options)
     dtypes = [v.dtype for name, v in actual.items() if name.startswith("output")]
     exact = evaluate(op, widened(inputs), rounded_to=dtypes, **options)
-    near(assert_near, actual, exact)
+    near(assert_near, actual, exact, factor=factor)
 
 
 # the first fills a GPU; the others are cut into segments
@@ -59,7 +63,9 @@ def test_scan(assert_near: Check, sizes: tuple, constant: bool, seed: int, dtype
     )
     cut = kernels.plan_of(inputs["x"], sizes[0]).segments > 1
     assert cut == (sizes[0] < 8)
-    check(assert_near, linear_scan, inputs, reverse=bool(seed), **ALL)
+    # the rounding of a constant decay adds up over its memory
+    factor = 2.0 if constant else 1.0
+    check(assert_near, linear_scan, inputs, factor, reverse=bool(seed), **ALL)
 
 
 @DTYPES
