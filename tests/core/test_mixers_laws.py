@@ -33,6 +33,10 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"d_state": 2, "d_conv": 1, "headdim": 1, "norm_before_gate": True, "bias": True},
         {"d_state": 4, "expand": 1, "headdim": 4, "dt_limit": (0.01, 0.05)},
     ],
+    "mamba3": [
+        {"d_state": 4, "headdim": 4, "ngroups": 2, "is_outproj_norm": True},
+        {"d_state": 2, "headdim": 2, "rope_fraction": 1.0, "dt_min": 0.5, "dt_max": 2.0},
+    ],
 }
 Case = tuple[str, dict[str, Any]]
 

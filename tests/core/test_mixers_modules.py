@@ -242,7 +242,7 @@ def test_dtype_and_device_of_parameters(name: str):
         mixer = create_mixer(name, DIM, dtype=dtype, device="cpu")
         for key, p in mixer.named_parameters():
             # rates and skips are few and sensitive: they stay float32
-            full = re.fullmatch(r"A_(b_)?log|D(_b)?|dt_bias", key) is not None
+            full = re.fullmatch(r"A_(b_)?log|D(_b)?|(dt|B|C)_bias", key) is not None
             wanted = torch.promote_types(dtype, torch.float32) if full else dtype
             assert p.dtype == wanted, key
 

@@ -14,6 +14,7 @@ from .gated_cnn import BidirectionalGatedCNN, GatedCNN
 from .hydra import Hydra
 from .mamba import BiMamba, Mamba
 from .mamba2 import Mamba2
+from .mamba3 import Mamba3
 
 __all__ = [
     "Attention",
@@ -24,6 +25,7 @@ __all__ = [
     "Hydra",
     "Mamba",
     "Mamba2",
+    "Mamba3",
     "Mixer",
     "MixerInfo",
     "State",
