@@ -313,7 +313,7 @@ def _mix_kernel(
 
 def heads_of_program(per_group: int, programs: int, device: torch.device) -> int:
     """Heads of one group that share q k^T in a program: few where programs are few."""
-    for count in (4, 2):
+    for count in (8, 4, 2):
         if per_group % count == 0 and programs // count >= 4 * processors(device):
             return count
     return 1
