@@ -21,7 +21,7 @@ from ..checks import (
     computing_dtype,
     on_kernels,
 )
-from . import kernels, portable
+from . import compiled, kernels, portable
 
 MAX_WIDTH = 16
 
@@ -49,8 +49,9 @@ def _forward(
     if cu_seqlens is not None:
         check_cu_seqlens_values(cu_seqlens, x.shape[1])
     fused = on_kernels(x, weight, bias, state) and weight.shape[1] <= kernels.MAX_WIDTH
-    run = kernels.conv_forward if fused else portable.conv_forward
-    return run(x, weight, bias, state, cu_seqlens, left, reverse, silu)
+    native = not fused and compiled.takes((x, weight, bias, state))
+    code = kernels if fused else compiled if native else portable
+    return code.conv_forward(x, weight, bias, state, cu_seqlens, left, reverse, silu)
 
 
 def _backward(
@@ -66,8 +67,9 @@ def _backward(
 ) -> list[Tensor]:
     # a state's gradient is for training on cut sequences only: not worth a kernel
     fused = on_kernels(x, weight, bias) and weight.shape[1] <= kernels.MAX_WIDTH and state is None
-    run = kernels.conv_backward if fused else portable.conv_backward
-    return run(dy, x, weight, bias, state, cu_seqlens, left, reverse, silu)
+    native = not fused and compiled.takes((dy, x, weight, bias, state))
+    code = kernels if fused else compiled if native else portable
+    return code.conv_backward(dy, x, weight, bias, state, cu_seqlens, left, reverse, silu)
 
 
 for _device in ("CPU", "CUDA"):
