@@ -26,11 +26,15 @@ if not SUITE.is_file():
     )
 
 # modules with `forward_intermediates`, and models whose features are tokens, in timm's lists
-MODULES = ["vim"]
-TOKEN_MODELS = ["vim_*", "test_vim*"]
+MODULES = ["vim", "ssm_vit"]
+TOKEN_MODELS = ["vim_*", "test_vim*", "ssm_vit_*", "test_ssm_vit*"]
 
 # torch deprecates TorchScript, which timm tests still
 pytestmark = pytest.mark.filterwarnings("default")
+
+
+def _is_ours(name: str) -> bool:
+    return any(fnmatch.fnmatch(name, glob) for glob in TOKEN_MODELS)
 
 
 def _load(source: str) -> dict[str, Any]:
@@ -44,8 +48,12 @@ def _load(source: str) -> dict[str, Any]:
 
     def ours(*args: Any, **kwargs: Any) -> list[str]:
         # models with tags are asked for only by the tests on the meta device
-        globs = TOKEN_MODELS if kwargs.get("include_tags") else ["test_vim*"]
-        return [m for m in listed(*args, **kwargs) if any(fnmatch.fnmatch(m, g) for g in globs)]
+        small = not kwargs.get("include_tags")
+        return [
+            m
+            for m in listed(*args, **kwargs)
+            if _is_ours(m) and (m.startswith("test_") or not small)
+        ]
 
     namespace: dict[str, Any] = {"__name__": __name__, "__file__": str(SUITE)}
     with pytest.MonkeyPatch.context() as patch:
@@ -59,7 +67,7 @@ def _for_ours(test: Callable[..., None]) -> bool:
     """Whether timm parametrises a test with our models."""
     for mark in getattr(test, "pytestmark", []):
         if mark.name == "parametrize" and mark.args[0] == "model_name" and mark.args[1]:
-            return all("vim" in name and "efficientvim" not in name for name in mark.args[1])
+            return all(_is_ours(name) for name in mark.args[1])
     return False
 
 
@@ -88,17 +96,18 @@ def test_suite_has_not_shrunk() -> None:
 SMALL = {"embed_dim": 32, "depth": 3, "img_size": 64}
 
 
+@pytest.mark.parametrize("model", ["test_vim", "test_ssm_vit"])
 @pytest.mark.parametrize(
     ("name", "arguments"),
     [
-        ("test_model_init_weights_after_to_empty", ("test_vim", SMALL)),
-        ("test_headless_checkpoint_reload", ("test_vim", {"depth": 2})),
-        ("test_relpos_non_square_checkpoint_reload", ("test_vim", {"depth": 2})),
-        ("test_relpos_non_square_set_input_size", ("test_vim", {"depth": 2})),
-        ("test_prune_intermediate_layers_params_used", ("test_vim",)),
-        ("test_pruned_features_torchscript", ("test_vim",)),
+        ("test_model_init_weights_after_to_empty", (SMALL,)),
+        ("test_headless_checkpoint_reload", ({"depth": 2},)),
+        ("test_relpos_non_square_checkpoint_reload", ({"depth": 2},)),
+        ("test_relpos_non_square_set_input_size", ({"depth": 2},)),
+        ("test_prune_intermediate_layers_params_used", ()),
+        ("test_pruned_features_torchscript", ()),
     ],
 )
-def test_timm_says_of_other_models(name: str, arguments: tuple[Any, ...]) -> None:
+def test_timm_says_of_other_models(name: str, arguments: tuple[Any, ...], model: str) -> None:
     """What timm asks of single models of its own, asked of ours."""
-    _SUITE[name](*copy.deepcopy(arguments))
+    _SUITE[name](model, *copy.deepcopy(arguments))

@@ -108,7 +108,7 @@ def test_parameter_counts(name: str, count: int) -> None:
 def test_registered_names() -> None:
     """Timm lists the models once the package is imported."""
     assert {*OFFICIAL, "test_vim"} <= set(timm.list_models("*vim_*") + timm.list_models("test_vim"))
-    assert scanweave.vision.__all__ == ["Vim"]
+    assert "Vim" in scanweave.vision.__all__
 
 
 def test_missing_timm_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ except ModuleNotFoundError as error:
         raise
     raise ImportError("scanweave.vision needs timm: pip install 'scanweave[vision]'") from error
 
+from .ssm_vit import SsmVit
 from .vim import Vim
 
-__all__ = ["Vim"]
+__all__ = ["SsmVit", "Vim"]

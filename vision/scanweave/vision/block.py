@@ -1,6 +1,7 @@
 """One residual layer around a sequence mixer, and its norm.
 
     x <- x + drop_path(mixer(rms_norm(x)))
+    x <- x + drop_path(mlp(rms_norm(x)))      only where an MLP is asked for
 
 Letters: B batch, L tokens, D channels, E inner channels, N state, R rank of dt, W taps.
 
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, register_notrace_function, register_notrace_module
+from timm.layers import DropPath, Mlp, register_notrace_function, register_notrace_module
 from torch import Tensor, nn
 from torch._jit_internal import is_scripting
 
@@ -53,6 +54,7 @@ class MixerBlock(nn.Module):
         mixer_args: Its arguments.
         norm_eps: Epsilon of the norm.
         drop_path: Probability that a sample skips the layer in training.
+        mlp_ratio: Hidden channels of the MLP, in units of D; 0 for none.
         device: Where the parameters are made.
         dtype: Type of the parameters.
     """
@@ -64,6 +66,7 @@ class MixerBlock(nn.Module):
         mixer_args: Mapping[str, Any] | None = None,
         norm_eps: float = 1e-5,
         drop_path: float = 0.0,
+        mlp_ratio: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -72,6 +75,9 @@ class MixerBlock(nn.Module):
         self.norm = RmsNorm(dim, eps=norm_eps, **dd)
         self.mixer: Any = create_mixer(mixer, dim, **(mixer_args or {}), **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.has_mlp = mlp_ratio > 0
+        self.norm2 = RmsNorm(dim, eps=norm_eps, **dd) if self.has_mlp else nn.Identity()
+        self.mlp = Mlp(dim, int(mlp_ratio * dim), **dd) if self.has_mlp else nn.Identity()
         # TorchScript cannot compile a mixer's forward, see _scripted_bimamba
         torch.jit.ignore(type(self.mixer).forward)
 
@@ -93,10 +99,17 @@ class MixerBlock(nn.Module):
         if needs_reset:
             self.norm.reset_parameters()
             self.mixer.reset_parameters()
-        out_proj = getattr(self.mixer, "out_proj", None)
-        if isinstance(out_proj, nn.Linear):
-            with torch.no_grad():
-                out_proj.weight.div_(math.sqrt(depth))
+            if isinstance(self.norm2, RmsNorm):
+                self.norm2.reset_parameters()
+        ends = [getattr(self.mixer, "out_proj", None)]
+        if isinstance(self.mlp, Mlp):
+            self.mlp.fc1.reset_parameters()
+            self.mlp.fc2.reset_parameters()
+            ends.append(self.mlp.fc2)
+        for end in ends:
+            if isinstance(end, nn.Linear):
+                with torch.no_grad():
+                    end.weight.div_(math.sqrt(depth))
         if official_init:
             dt_proj_b = getattr(self.mixer, "dt_proj_b", None)
             if not isinstance(dt_proj_b, nn.Linear):
@@ -105,11 +118,29 @@ class MixerBlock(nn.Module):
             dt_proj_b.reset_parameters()
             nn.init.zeros_(dt_proj_b.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The stream after this layer, (B, L, D), in the dtype of `x` or wider."""
+    def forward(
+        self, x: Tensor, order: Tensor | None = None, inverse: Tensor | None = None
+    ) -> Tensor:
+        """The stream after this layer.
+
+        Args:
+            x: The stream before it, (B, L, D).
+            order: Token that the mixer reads at every step, (L,) int64; as they come when None.
+            inverse: Step of every token, (L,) int64; given with `order`.
+
+        Returns:
+            (B, L, D), in the dtype of `x` or wider.
+        """
         y = self.norm(x)
+        if order is not None:
+            y = y.index_select(1, order)
         y = self._scripted_bimamba(y) if is_scripting() else self.mixer(y)
-        return x + self.drop_path(y)
+        if inverse is not None:
+            y = y.index_select(1, inverse)
+        x = x + self.drop_path(y)
+        if self.has_mlp:
+            x = x + self.drop_path(self.mlp(self.norm2(x)))
+        return x
 
     def _scripted_bimamba(self, x: Tensor) -> Tensor:
         """The mixer "bimamba" for TorchScript; others stop at "no attribute 'conv1d_b'"."""

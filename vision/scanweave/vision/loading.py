@@ -1,0 +1,93 @@
+"""Checkpoints of models of one width: unwrapped, checked, and made to fit.
+
+fit_state_dict   what every family's `checkpoint_filter_fn` does
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from .embed import PatchEmbed, resample_pos_embed
+from .isotropic import IsotropicModel
+
+
+def fit_state_dict(
+    state_dict: Mapping[str, Any], model: IsotropicModel, family: str
+) -> dict[str, Tensor]:
+    """Make a checkpoint fit `model`: unwrap it, strip prefixes, resize positions.
+
+    Args:
+        state_dict: A state dict of the family, with or without head, alone or under "model",
+            "state_dict" or "model_ema" of a training checkpoint.
+        model: What will load it.
+        family: What errors call the model.
+
+    Returns:
+        The state dict to load, strictly.
+
+    Raises:
+        ValueError: the checkpoint is of another model, or its position grid is unknown.
+    """
+    for key in ("model", "state_dict", "model_ema"):
+        if isinstance(state_dict.get(key), Mapping):
+            state_dict = state_dict[key]
+            break
+    out = {k.removeprefix("module."): v for k, v in state_dict.items()}
+    _check_layers(out, model, family)
+    table = out.get("pos_embed")
+    own = model.pos_embed
+    if own is not None and table is not None and table.shape[1] != own.shape[1]:
+        grid = _stored_grid(table.shape[1] - model.num_prefix_tokens, model)
+        out["pos_embed"] = resample_pos_embed(
+            table, list(model.patch_embed.grid_size), list(grid), model.class_position
+        )
+    return out
+
+
+def _check_layers(state_dict: Mapping[str, Tensor], model: IsotropicModel, family: str) -> None:
+    """Refuse a state dict whose first layer is not the model's first layer."""
+    expected = {k: v for k, v in model.state_dict().items() if k.startswith("layers.0.")}
+    found = {k: v for k, v in state_dict.items() if k.startswith("layers.0.")}
+    odd = sorted(expected.keys() ^ found.keys())
+    if odd:
+        raise ValueError(
+            f"state_dict must be of a {family} with this mixer, got {_some(state_dict)}; "
+            f"not in both: {_some(odd)}"
+        )
+    for name, value in expected.items():
+        if found[name].shape != value.shape:
+            raise ValueError(
+                f"state_dict must be of a {family} of this size: {name} must be "
+                f"{tuple(value.shape)}, got {tuple(found[name].shape)}"
+            )
+    if ("cls_token" in state_dict) != (model.cls_token is not None):
+        raise ValueError(
+            f"state_dict must {'lack' if model.cls_token is None else 'hold'} cls_token for this "
+            "model; see class_token"
+        )
+
+
+def _some(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _stored_grid(patches: int, model: IsotropicModel) -> tuple[int, int]:
+    """Grid of a checkpoint's position table: what timm recorded when saving, or a square."""
+    saved = getattr(model, "pretrained_model_args", {})
+    if "img_size" in saved:
+        patch = saved.get("patch_size", model.patch_embed.patch_size)
+        source = PatchEmbed(
+            saved["img_size"], patch, saved.get("stride"), embed_dim=1, device="meta"
+        )
+        if source.num_patches == patches:
+            return source.grid_size
+    side = math.isqrt(max(patches, 0))
+    if side * side != patches or side == 0:
+        raise ValueError(
+            f"pos_embed must hold a square grid to be resized, got {patches} patches; create the "
+            "model at the checkpoint's img_size and call set_input_size"
+        )
+    return side, side
