@@ -27,8 +27,8 @@ class CheckError(Exception):
 
 
 def output_gradient(op: Op, inputs: Inputs) -> Tensor:
-    """A random gradient of the output; every output has the shape and dtype of x."""
-    x = inputs.tensors["x"]
+    """A random gradient of the output, which has the shape and dtype of the first input."""
+    x = next(iter(inputs.tensors.values()))
     rng = torch.Generator(x.device).manual_seed(1)
     return torch.randn(x.shape, generator=rng, device=x.device, dtype=x.dtype)
 

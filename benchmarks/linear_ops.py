@@ -6,8 +6,6 @@ they run: with `--against`, core may be older than they are.
 Letters: B batch, L length, D channels, N state.
 """
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -115,16 +113,3 @@ LINEAR_OPS: tuple[Op, ...] = (
     Op("wkv", _make_average, _run_average, _exact_average, _average_work),
     Op("fft_conv", _make_conv, _run_conv, _exact_conv, _conv_work),
 )
-
-_LM = Shape("lm", 8, 4096, 2048, state=0, gate=False)
-_LONG = Shape("long_1024", 1, 131_072, 1024, state=0, gate=False)
-_GRAPH = Shape("graph", 1, 100_000, 192, state=0, gate=False, packed=(10, 3000))
-_RL = Shape("rl", 64, 60, 256, state=0, gate=False, small=True)
-_CPU = Shape("lm_b1", 1, 4096, 256, state=0, gate=False)
-
-# op -> device type -> shapes
-LINEAR_SHAPES: dict[str, dict[str, tuple[Shape, ...]]] = {
-    "linear_scan_constant": {"cuda": (_LM, _LONG, _GRAPH, _RL), "cpu": (_CPU, _RL)},
-    "wkv": {"cuda": (_LM, _GRAPH, _RL), "cpu": (_CPU, _RL)},
-    "fft_conv": {"cuda": (_LM, replace(_LONG, dim=256)), "cpu": (_CPU,)},
-}

@@ -20,6 +20,7 @@ from scanweave.core.ops.conv import causal_conv1d_ref
 from .floor import Work
 from .gated_ops import GATED_OPS
 from .inputs import BACK, WEIGHTS, Draw, Inputs, Op, direction
+from .linear_ops import LINEAR_OPS
 from .paths import PATH_SCAN
 from .primitives import LINEAR_SCAN, NORM
 from .reference import Exact, scan_gradients, scan_step
@@ -200,6 +201,7 @@ OPS: dict[str, Op] = {
         ),
         *GATED_OPS,
         LINEAR_SCAN,
+        *LINEAR_OPS,
         NORM,
         Op("mixer", _make_mixer, _run_mixer, _exact_mixer, None),
     )

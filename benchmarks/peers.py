@@ -29,6 +29,7 @@ from torch import Tensor
 
 from .gated_ops import GATED_PEERS
 from .inputs import BACK, Inputs, Op
+from .linear_ops import LINEAR_OPS
 from .path_peers import gated_norm, hgrn, vmamba
 from .prepared import Layout, Peer, Prepared, Skip, attribute, need_cuda
 from .shapes import Shape
@@ -264,6 +265,7 @@ PEERS: dict[str, tuple[Peer, ...]] = {
         Peer("mamba_ssm loop", "mamba_ssm", _state_update("selective_state_update_ref", False)),
     ),
     **GATED_PEERS,
+    **{op.name: () for op in LINEAR_OPS},
     "linear_scan": (Peer("fla", "fla_core", hgrn),),
     "rms_norm_gated": (Peer("mamba_ssm", "mamba_ssm", gated_norm),),
     "mixer": (

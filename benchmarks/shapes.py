@@ -72,6 +72,8 @@ VIM = Shape("vim_s", 128, 197, 768)
 GRAPH = Shape("graph", 1, 100_000, 192, packed=(10, 3000))
 LM = Shape("lm", 8, 4096, 2048)
 LONG = Shape("long", 1, 131_072, 768)
+LONG_1024 = Shape("long_1024", 1, 131_072, 1024)
+LONG_256 = Shape("long_256", 1, 131_072, 256)
 RL = Shape("rl", 64, 60, 256, small=True)
 VIM_CPU = Shape("vim_b2", 2, 197, 384)
 LM_CPU = Shape("lm_b1", 1, 4096, 256)
@@ -129,7 +131,13 @@ SHAPES: dict[str, dict[str, tuple[Shape, ...]]] = {
     "selective_scan_step": {"cuda": STEPS, "cpu": STEPS[:3:2]},
     "ssd": {"cuda": (SSD_LM, SSD_GRAPH, SSD_RL), "cpu": (SSD_LM_CPU, SSD_RL)},
     "bidirectional_ssd": {"cuda": (SSD_VIM, SSD_GRAPH), "cpu": (SSD_VIM_CPU,)},
-    "linear_scan": {"cuda": _stateless(LM, LONG, GRAPH), "cpu": _stateless(LM_CPU)},
+    "linear_scan": {"cuda": _stateless(LM, LONG_1024, GRAPH), "cpu": _stateless(LM_CPU)},
+    "linear_scan_constant": {
+        "cuda": _stateless(LM, LONG_1024, GRAPH, RL),
+        "cpu": _stateless(LM_CPU),
+    },
+    "wkv": {"cuda": _stateless(LM, GRAPH, RL), "cpu": _stateless(LM_CPU, RL)},
+    "fft_conv": {"cuda": _stateless(LM, LONG_256), "cpu": _stateless(LM_CPU)},
     "rms_norm_gated": {"cuda": _stateless(LM), "cpu": _stateless(LM_CPU)},
     "mixer": {
         "cuda": (
