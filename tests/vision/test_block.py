@@ -63,15 +63,22 @@ def test_drop_path_drops_the_mixer() -> None:
 # torch deprecates TorchScript, which timm users still export with
 @pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
 @pytest.mark.parametrize(
-    "arguments",
-    [{}, {"average": False, "d_state": 3, "d_conv": 2}, {"bias": True, "conv_bias": False}],
+    ("mixer", "arguments"),
+    [
+        ("bimamba", {}),
+        ("bimamba", {"average": False, "d_state": 3, "d_conv": 2}),
+        ("bimamba", {"bias": True, "conv_bias": False}),
+        ("hydra", {}),
+        ("hydra", {"ngroups": 2, "headdim": 6, "d_state": 5, "d_conv": 3, "bias": True}),
+        ("hydra", {"dt_limit": (0.01, 0.05), "conv_bias": False, "A_init_range": (1.0, 16.0)}),
+    ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_scripted_block_equals_eager(
-    arguments: dict[str, object], dtype: torch.dtype, tmp_path: object
+    mixer: str, arguments: dict[str, object], dtype: torch.dtype, tmp_path: object
 ) -> None:
     """Outputs and every gradient; also after saving and loading."""
-    block = MixerBlock(24, "bimamba", arguments, dtype=dtype)
+    block = MixerBlock(24, mixer, arguments, dtype=dtype)
     x = torch.randn(2, 9, 24, dtype=dtype, requires_grad=True)
     scripted = torch.jit.script(block)
     path = f"{tmp_path}/block.pt"
@@ -89,6 +96,6 @@ def test_scripted_block_equals_eager(
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
 def test_scripting_another_mixer_names_the_reason() -> None:
-    """Only bimamba has a scripted form."""
+    """Only bimamba and hydra have a scripted form."""
     with pytest.raises(RuntimeError, match="has no attribute"):
         torch.jit.script(MixerBlock(32, "attention_bidirectional"))

@@ -26,8 +26,8 @@ if not SUITE.is_file():
     )
 
 # modules with `forward_intermediates`, and models whose features are tokens, in timm's lists
-MODULES = ["vim", "ssm_vit"]
-TOKEN_MODELS = ["vim_*", "test_vim*", "ssm_vit_*", "test_ssm_vit*"]
+MODULES = ["vim", "ssm_vit", "hydra_vit"]
+TOKEN_MODELS = [f"{family}_*" for family in MODULES] + [f"test_{family}*" for family in MODULES]
 
 # torch deprecates TorchScript, which timm tests still
 pytestmark = pytest.mark.filterwarnings("default")
@@ -96,7 +96,7 @@ def test_suite_has_not_shrunk() -> None:
 SMALL = {"embed_dim": 32, "depth": 3, "img_size": 64}
 
 
-@pytest.mark.parametrize("model", ["test_vim", "test_ssm_vit"])
+@pytest.mark.parametrize("model", ["test_vim", "test_ssm_vit", "test_hydra_vit"])
 @pytest.mark.parametrize(
     ("name", "arguments"),
     [

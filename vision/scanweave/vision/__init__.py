@@ -10,7 +10,8 @@ except ModuleNotFoundError as error:
         raise
     raise ImportError("scanweave.vision needs timm: pip install 'scanweave[vision]'") from error
 
+from .hydra_vit import HydraVit
 from .ssm_vit import SsmVit
 from .vim import Vim
 
-__all__ = ["SsmVit", "Vim"]
+__all__ = ["HydraVit", "SsmVit", "Vim"]

@@ -24,7 +24,7 @@ from torch._jit_internal import is_scripting
 
 from scanweave.core import create_mixer
 
-from .scripting import scan_in_steps
+from .scripting import quasi_separable, scan_in_steps
 
 
 # a leaf for torch.fx: the target dtype is known only when it runs
@@ -78,8 +78,10 @@ class MixerBlock(nn.Module):
         self.has_mlp = mlp_ratio > 0
         self.norm2 = RmsNorm(dim, eps=norm_eps, **dd) if self.has_mlp else nn.Identity()
         self.mlp = Mlp(dim, int(mlp_ratio * dim), **dd) if self.has_mlp else nn.Identity()
-        # TorchScript cannot compile a mixer's forward, see _scripted_bimamba
-        torch.jit.ignore(type(self.mixer).forward)
+        # TorchScript cannot compile the forward of mixers and their parts, see _scripted_mixer
+        for part in self.mixer.modules():
+            if not type(part).__module__.startswith("torch."):
+                torch.jit.ignore(type(part).forward)
 
     def init_weights(
         self, depth: int, official_init: bool = False, needs_reset: bool = True
@@ -134,7 +136,7 @@ class MixerBlock(nn.Module):
         y = self.norm(x)
         if order is not None:
             y = y.index_select(1, order)
-        y = self._scripted_bimamba(y) if is_scripting() else self.mixer(y)
+        y = self._scripted_mixer(y) if is_scripting() else self.mixer(y)
         if inverse is not None:
             y = y.index_select(1, inverse)
         x = x + self.drop_path(y)
@@ -142,8 +144,46 @@ class MixerBlock(nn.Module):
             x = x + self.drop_path(self.mlp(self.norm2(x)))
         return x
 
+    def _scripted_mixer(self, x: Tensor) -> Tensor:
+        """The mixer for TorchScript, which compiles only the branch whose names exist.
+
+        Those other than "bimamba" and "hydra" stop at "no attribute 'conv1d_b'".
+        """
+        # of an expression it would compile both branches
+        if hasattr(self.mixer, "fc_D"):  # noqa: SIM108
+            y = self._scripted_hydra(x)
+        else:
+            y = self._scripted_bimamba(x)
+        return y
+
+    def _scripted_hydra(self, x: Tensor) -> Tensor:
+        m = self.mixer
+        z, u, dt = m.in_proj(x).split([m.d_inner, m.conv_dim, 2 * m.nheads], -1)
+        half = m.conv1d.weight.shape[2] // 2
+        weight, bias = m.conv1d.weight, m.conv1d.bias
+        u = F.silu(F.conv1d(u.transpose(1, 2), weight, bias, padding=half, groups=m.conv_dim))
+        shared = m.ngroups * m.d_state
+        sizes = [m.d_inner, shared, shared, shared, shared]
+        u, B, C, B_b, C_b = u.transpose(1, 2).split(sizes, -1)
+        groups = [m.ngroups, m.d_state]
+        A = -torch.exp(at_least_float32(m.A_log))
+        delta = F.softplus(at_least_float32(dt).unflatten(-1, [2, m.nheads]) + m.dt_bias)
+        delta = delta.clamp(m.dt_limit[0], m.dt_limit[1])
+        forth, back = delta[:, :, 0], delta[:, :, 1]
+        diagonal = F.linear(u, m.fc_D.weight) + m.D
+        y = quasi_separable(
+            (C.unflatten(-1, groups), C_b.unflatten(-1, groups)),
+            (B.unflatten(-1, groups), B_b.unflatten(-1, groups)),
+            at_least_float32(u).unflatten(-1, [m.nheads, m.headdim]),
+            (forth * A, back * A),
+            (forth, back),
+            diagonal,
+        ).flatten(2)
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + m.norm.eps) * m.norm.weight
+        y = y * F.silu(at_least_float32(z))
+        return m.out_proj(y.to(m.out_proj.weight.dtype))
+
     def _scripted_bimamba(self, x: Tensor) -> Tensor:
-        """The mixer "bimamba" for TorchScript; others stop at "no attribute 'conv1d_b'"."""
         m = self.mixer
         u, z = m.in_proj(x).chunk(2, -1)
         u = u.transpose(1, 2)
