@@ -66,13 +66,17 @@ GUARDED = (
     ("sm_90", "bidirectional_ssd", "vim_s", "inference"),
     ("sm_90", "bidirectional_ssd", "vim_s", "training"),
     ("sm_90", "linear_scan", "graph", "training"),
+    ("sm_90", "linear_scan_constant", "graph", "training"),
+    ("sm_90", "wkv", "lm", "training"),
     ("sm_90", "rms_norm_gated", "lm", "training"),
 )
+# mixers launch the same kernels, and long convolutions those of PyTorch
+UNGUARDED = ("mixer", "fft_conv")
 EVERYTHING = tuple(
     (target, op, shape.name, passes)
     for target in TARGETS
     for op in OPS
-    if op != "mixer"  # mixers launch the same kernels
+    if op not in UNGUARDED
     for shape in SHAPES[op]["cuda"]
     for passes in ("inference", "training")
     if OPS[op].backward or passes == "inference"
