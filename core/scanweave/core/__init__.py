@@ -3,6 +3,7 @@
 from .mixers import Mixer, MixerInfo, create_mixer, list_mixers, mixer_info, register_mixer
 from .ops.attention import sequence_attention
 from .ops.conv import causal_conv1d, causal_conv1d_step, symmetric_conv1d
+from .ops.decompose import decompositions
 from .ops.gated import (
     bidirectional_gated_linear_scan,
     gated_linear_attention,
@@ -30,6 +31,7 @@ __all__ = [
     "causal_conv1d",
     "causal_conv1d_step",
     "create_mixer",
+    "decompositions",
     "diagonal_ssm",
     "diagonal_ssm_step",
     "fft_conv",
