@@ -146,7 +146,7 @@ def test_distance_along_a_path_is_learned_only_with_a_mixer():
             1, 16, 2, 2, mixer=mixer, order="rcm", pool=functools.partial(last_node, size=size)
         )
         optimizer = torch.optim.Adam(model.parameters(), 0.01)
-        for _ in range(60):
+        for _ in range(90):
             out = model(x.view(-1, 1), edge_index, batch=batch, batch_size=graphs)
             loss = nn.functional.cross_entropy(out, y)
             optimizer.zero_grad()

@@ -3,37 +3,24 @@
 GraphMambaConv   local convolution + sequence mixer over the ordered nodes of each graph + MLP
 """
 
-import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch_geometric.nn.inits import reset
 from torch_geometric.nn.resolver import activation_resolver, normalization_resolver
 from torch_geometric.typing import Adj, OptTensor
 
-from scanweave.core import Mixer, create_mixer
+from scanweave.core import Mixer
 
-from .ordering import Order, order_name, resolve_order, tie_noise
-from .packing import (
-    Sequences,
-    count_nodes,
-    edges_of,
-    pack_nodes,
-    positions_in_graph,
-    reverse_sequences,
-)
-
-Ties = Literal["noise", "fresh", "index"]
-
-# the inner width of both Graph Mamba papers' layers; the mixers' own default is twice that
-_MIXER_DEFAULTS: dict[str, dict[str, Any]] = {"mamba": {"expand": 1}, "bimamba": {"expand": 1}}
+from .mixing import NodeMixing, Ties, check_devices, check_edges, number_of_graphs
+from .ordering import Order, order_name
+from .packing import edges_of
 
 
-class GraphMambaConv(nn.Module):
+class GraphMambaConv(NodeMixing):
     r"""A GPS layer whose global part is a sequence mixer over the ordered nodes of each graph.
 
     .. math::
@@ -96,34 +83,22 @@ class GraphMambaConv(nn.Module):
         norm_kwargs: Mapping[str, Any] | None = None,
         mixer_kwargs: Mapping[str, Any] | None = None,
     ):
-        super().__init__()
+        super().__init__(
+            channels,
+            mixer,
+            order=order,
+            bidirectional=bidirectional,
+            num_perms=num_perms,
+            eval_perms=eval_perms,
+            ties=ties,
+            seed=seed,
+            mixer_kwargs=mixer_kwargs,
+        )
         if conv is None and mixer is None:
             raise ValueError("conv must be a layer when mixer is None, got None for both")
-        if ties not in ("noise", "fresh", "index"):
-            raise ValueError(f"ties must be 'noise', 'fresh' or 'index', got {ties!r}")
-        for name, number in (("num_perms", num_perms), ("eval_perms", eval_perms)):
-            if number is not None and number < 1:
-                raise ValueError(f"{name} must be at least 1, got {number}")
         self.channels = channels
         self.conv = conv
-        self.orders = resolve_order(order)
-        self.num_perms = num_perms
-        self.eval_perms = num_perms if eval_perms is None else eval_perms
-        self.ties = ties
-        self.seed = seed
         self.dropout = dropout
-
-        self.mixer = _make_mixer(channels, mixer, mixer_kwargs)
-        self.mixer_backward: Mixer | None = None
-        if self.mixer is not None and not bidirectional and not self.mixer.causal:
-            raise ValueError(
-                "bidirectional must be True for a mixer that is not causal, got False for "
-                f"{self.mixer.info.name}; mixer='mamba' reads one way"
-            )
-        if self.mixer is not None and bidirectional and self.mixer.causal:
-            self.mixer_backward = copy.deepcopy(self.mixer)
-            self.mixer_backward.reset_parameters()
-        self.bidirectional = bidirectional
 
         self.mlp = nn.Sequential(
             nn.Linear(channels, channels * 2),
@@ -177,9 +152,9 @@ class GraphMambaConv(nn.Module):
         """
         self._check_features(x)
         edges = edges_of(edge_index)
-        _check_devices(x, edge_index=edges, batch=batch, node_order=node_order)
-        _check_edges(edges, x.size(0))
-        num_graphs = _number_of_graphs(x, batch, batch_size)
+        check_devices(x, edge_index=edges, batch=batch, node_order=node_order)
+        check_edges(edges, x.size(0))
+        num_graphs = number_of_graphs(x, batch, batch_size)
         if batch is None:
             batch = edges.new_zeros(x.size(0))
         norm_kwargs: dict[str, Any] = {"batch": batch} if self.norm_with_batch else {}
@@ -209,56 +184,6 @@ class GraphMambaConv(nn.Module):
         out = _normed(self.norm3, out + self.mlp(out), norm_kwargs)
         return out if edge_attr is None else (out, edge_attr)
 
-    @torch.no_grad()
-    def sequences(
-        self,
-        edges: Tensor,
-        batch: Tensor,
-        num_graphs: int,
-        node_order: OptTensor = None,
-    ) -> Sequences:
-        """The packed node sequences of one forward pass, in the current mode.
-
-        Args:
-            edges: Edges, (2, E) int64, as `edges_of` makes them.
-            batch: Graph of every node, (n,) int64.
-            num_graphs: Number of graphs.
-            node_order: Score of every node, (n,), to use instead of `order`.
-
-        Raises:
-            ValueError: `node_order`, or what an order function returned, is not one number per
-                node.
-        """
-        nodes = batch.numel()
-        perms = self.num_perms if self.training else self.eval_perms
-        counts = count_nodes(batch, num_graphs)
-        position = positions_in_graph(batch, counts)
-        if self.ties == "index":
-            ties = position.expand(perms, nodes)
-        elif self.ties == "fresh" and self.training:
-            ties = tie_noise(position, perms, torch.randint(2**32, (), device=batch.device))
-        else:
-            ties = tie_noise(position, perms, self.seed)
-        if node_order is None:
-            scores = [order(edges, batch, ties) for order in self.orders]
-        else:
-            scores = [node_order]
-        for score in scores:
-            if score.shape != (nodes,) and (node_order is not None or score.shape != ties.shape):
-                name = order_name(self.orders) if node_order is None else "node_order"
-                raise ValueError(
-                    f"{name} must give one score per node: got {tuple(score.shape)} "
-                    f"for {nodes} nodes"
-                )
-        return pack_nodes(scores, ties, batch, counts)
-
-    def _mix(self, x: Tensor, sequences: Sequences) -> Tensor:
-        assert self.mixer is not None
-        out = _run(self.mixer, x, sequences)
-        if self.mixer_backward is not None:
-            out = out + _run(self.mixer_backward, x, reverse_sequences(sequences))
-        return out
-
     def _check_features(self, x: Tensor) -> None:
         if isinstance(x, (tuple, list)):
             raise ValueError(
@@ -278,28 +203,6 @@ class GraphMambaConv(nn.Module):
         )
 
 
-def _make_mixer(
-    channels: int, mixer: str | Mixer | None, config: Mapping[str, Any] | None
-) -> Mixer | None:
-    if isinstance(mixer, str):
-        return create_mixer(mixer, channels, **{**_MIXER_DEFAULTS.get(mixer, {}), **(config or {})})
-    if config:
-        raise ValueError(f"mixer_kwargs must be None unless mixer is a name, got {dict(config)}")
-    if mixer is None:
-        return None
-    if not isinstance(mixer, Mixer):
-        raise ValueError(f"mixer must be a name, a Mixer or None, got {type(mixer).__name__}")
-    if mixer.d_model != channels:
-        raise ValueError(f"mixer must have d_model = channels = {channels}, got {mixer.d_model}")
-    return mixer
-
-
-def _run(mixer: Mixer, x: Tensor, sequences: Sequences) -> Tensor:
-    """Gather the nodes into sequences, mix, scatter back, average over the K orders."""
-    out = mixer(x[sequences.nodes].unsqueeze(0), cu_seqlens=sequences.cu_seqlens)
-    return out.squeeze(0)[sequences.places].mean(0)
-
-
 def _normed(norm: nn.Module | None, h: Tensor, kwargs: dict[str, Any]) -> Tensor:
     return h if norm is None else norm(h, **kwargs)
 
@@ -312,46 +215,3 @@ def _split(out: Any) -> tuple[Tensor, Tensor | None]:
         return out
     kinds = [type(item).__name__ for item in out] if isinstance(out, tuple) else type(out).__name__
     raise ValueError(f"conv must return x or (x, edge_attr), got {kinds}")
-
-
-def _number_of_graphs(x: Tensor, batch: Tensor | None, batch_size: int | None) -> int:
-    if batch is None:
-        if batch_size not in (None, 1):
-            raise ValueError(f"batch_size must be 1 when batch is None, got {batch_size}")
-        return 1
-    if batch.shape != x.shape[:1] or batch.dtype != torch.int64:
-        raise ValueError(
-            f"batch must be ({x.size(0)},) int64 like x: got {tuple(batch.shape)} {batch.dtype}"
-        )
-    if batch_size is not None and batch_size < 0:
-        raise ValueError(f"batch_size must be at least 0, got {batch_size}")
-    # reading numbers back stops a compiled graph and waits for a GPU
-    silent = torch.compiler.is_compiling() or batch.device.type != "cpu"
-    if batch_size is not None and (silent or batch.numel() == 0):
-        return batch_size
-    if batch.numel() == 0:
-        return 1
-    least, most = (int(bound) for bound in torch.stack(batch.aminmax()))
-    if least < 0:
-        raise ValueError(f"batch must hold graph ids of at least 0, got {least}")
-    if batch_size is None:
-        return most + 1
-    if most >= batch_size:
-        raise ValueError(
-            f"batch_size must be at least batch.max() + 1 = {most + 1}, got {batch_size}"
-        )
-    return batch_size
-
-
-def _check_devices(x: Tensor, **tensors: Tensor | None) -> None:
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"{name} must be on {x.device} like x, got {tensor.device}")
-
-
-def _check_edges(edges: Tensor, nodes: int) -> None:
-    if torch.compiler.is_compiling() or edges.device.type != "cpu" or edges.numel() == 0:
-        return
-    least, most = (int(bound) for bound in edges.aminmax())
-    if least < 0 or most >= nodes:
-        raise ValueError(f"edge_index must hold node ids in [0, {nodes}), got {least} to {most}")

@@ -13,7 +13,8 @@ from torch_geometric.nn import GCNConv, GINConv, GINEConv, JumpingKnowledge, Lin
 from torch_geometric.nn.inits import reset
 from torch_geometric.typing import Adj, OptTensor
 
-from .conv import GraphMambaConv, Ties
+from .conv import GraphMambaConv
+from .mixing import Ties
 from .ordering import Order
 
 MakeConv = Callable[[int], nn.Module]

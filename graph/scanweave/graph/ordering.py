@@ -208,10 +208,10 @@ def tie_noise(position: Tensor, num_perms: int, seed: int | Tensor) -> Tensor:
     start = seed & _MASK
     if not isinstance(start, Tensor):
         start = torch.full((), start, dtype=torch.int64, device=position.device)
-    return _hash(_hash(_hash(start) ^ perm) ^ position)
+    return hash_bits(hash_bits(hash_bits(start) ^ perm) ^ position)
 
 
-def _hash(x: Tensor) -> Tensor:
+def hash_bits(x: Tensor) -> Tensor:
     """Mix 32 bits held in int64, one-to-one.
 
     Both multipliers are below 2^31: products of 32-bit numbers then stay inside int64.
@@ -273,7 +273,7 @@ def _breadth_first(edge_index: Tensor, ties: Tensor, *, sort_children: bool) -> 
     neighbours = target[torch.argsort(source, stable=True)]
     start = degree.cumsum(0) - degree
 
-    component = _least_reachable(source, target, by_degree)
+    component = least_reachable(source, target, by_degree)
     child_key = by_degree if sort_children else rank_of(lexsort(ties))
     roots = (component == by_degree).nonzero().squeeze(1)
     place = _walk(roots, start, degree, neighbours, child_key)
@@ -284,7 +284,7 @@ def _breadth_first(edge_index: Tensor, ties: Tensor, *, sort_children: bool) -> 
     return rank_of(lexsort(component, place)) if nodes else place
 
 
-def _least_reachable(source: Tensor, target: Tensor, rank: Tensor) -> Tensor:
+def least_reachable(source: Tensor, target: Tensor, rank: Tensor) -> Tensor:
     """The least `rank` (a permutation) in the component of each node."""
     node_of = rank_of(rank)
     least = rank

@@ -43,8 +43,8 @@ from scanweave.core.training import (
     seed_everything,
 )
 
-from .conv import Ties
 from .datasets import GraphSplits, load_splits
+from .mixing import Ties
 from .model import GraphMamba, gcn_conv, gin_conv
 from .transforms import AddNodeOrder
 

@@ -1,0 +1,202 @@
+"""What layers with a mixer over node sequences share: the mixer, its orders, and argument checks.
+
+NodeMixing          base class: mixer, orders, ties; makes and runs the packed sequences
+make_mixer          name or module -> mixer of the right width
+make_partner        the second mixer of a causal one, for the other direction
+number_of_graphs    checks `batch` and `batch_size`
+check_devices       every tensor is where x is
+check_edges         node ids are in range
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch_geometric.typing import OptTensor
+
+from scanweave.core import Mixer, create_mixer
+
+from .ordering import Order, order_name, resolve_order, tie_noise
+from .packing import (
+    Sequences,
+    count_nodes,
+    pack_nodes,
+    positions_in_graph,
+    reverse_sequences,
+)
+
+Ties = Literal["noise", "fresh", "index"]
+
+# the inner width of both Graph Mamba papers' layers; the mixers' own default is twice that
+_MIXER_DEFAULTS: dict[str, dict[str, Any]] = {"mamba": {"expand": 1}, "bimamba": {"expand": 1}}
+
+
+class NodeMixing(nn.Module):
+    """A sequence mixer over the nodes of every graph, in K orders: what the layers share.
+
+    A causal mixer gets a second one, `mixer_backward`, that reads every graph backwards.
+    Parameters and arguments are those of the layers; see `GraphMambaConv`.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        mixer: str | Mixer | None,
+        *,
+        order: str | Order | Sequence[str | Order],
+        bidirectional: bool,
+        num_perms: int,
+        eval_perms: int | None,
+        ties: Ties,
+        seed: int,
+        mixer_kwargs: Mapping[str, Any] | None,
+    ):
+        super().__init__()
+        if ties not in ("noise", "fresh", "index"):
+            raise ValueError(f"ties must be 'noise', 'fresh' or 'index', got {ties!r}")
+        for name, number in (("num_perms", num_perms), ("eval_perms", eval_perms)):
+            if number is not None and number < 1:
+                raise ValueError(f"{name} must be at least 1, got {number}")
+        self.orders = resolve_order(order)
+        self.num_perms = num_perms
+        self.eval_perms = num_perms if eval_perms is None else eval_perms
+        self.ties = ties
+        self.seed = seed
+        self.bidirectional = bidirectional
+        self.mixer = make_mixer(channels, mixer, mixer_kwargs)
+        self.mixer_backward = make_partner(self.mixer, bidirectional)
+
+    @torch.no_grad()
+    def sequences(
+        self,
+        edges: Tensor,
+        batch: Tensor,
+        num_graphs: int,
+        node_order: OptTensor = None,
+    ) -> Sequences:
+        """The packed node sequences of one forward pass, in the current mode.
+
+        Args:
+            edges: Edges, (2, E) int64, as `edges_of` makes them.
+            batch: Graph of every node, (n,) int64.
+            num_graphs: Number of graphs.
+            node_order: Score of every node, (n,), to use instead of `order`.
+
+        Raises:
+            ValueError: `node_order`, or what an order function returned, is not one number per
+                node.
+        """
+        nodes = batch.numel()
+        perms = self.num_perms if self.training else self.eval_perms
+        counts = count_nodes(batch, num_graphs)
+        position = positions_in_graph(batch, counts)
+        if self.ties == "index":
+            ties = position.expand(perms, nodes)
+        elif self.ties == "fresh" and self.training:
+            ties = tie_noise(position, perms, torch.randint(2**32, (), device=batch.device))
+        else:
+            ties = tie_noise(position, perms, self.seed)
+        if node_order is None:
+            scores = [order(edges, batch, ties) for order in self.orders]
+        else:
+            scores = [node_order]
+        for score in scores:
+            if score.shape != (nodes,) and (node_order is not None or score.shape != ties.shape):
+                name = order_name(self.orders) if node_order is None else "node_order"
+                raise ValueError(
+                    f"{name} must give one score per node: got {tuple(score.shape)} "
+                    f"for {nodes} nodes"
+                )
+        return pack_nodes(scores, ties, batch, counts)
+
+    def _mix(self, x: Tensor, sequences: Sequences) -> Tensor:
+        assert self.mixer is not None
+        out = _run(self.mixer, x, sequences)
+        if self.mixer_backward is not None:
+            out = out + _run(self.mixer_backward, x, reverse_sequences(sequences))
+        return out
+
+
+def make_mixer(
+    channels: int, mixer: str | Mixer | None, config: Mapping[str, Any] | None
+) -> Mixer | None:
+    """The mixer of a layer, by name or as it is; `ValueError` if it does not fit."""
+    if isinstance(mixer, str):
+        return create_mixer(mixer, channels, **{**_MIXER_DEFAULTS.get(mixer, {}), **(config or {})})
+    if config:
+        raise ValueError(f"mixer_kwargs must be None unless mixer is a name, got {dict(config)}")
+    if mixer is None:
+        return None
+    if not isinstance(mixer, Mixer):
+        raise ValueError(f"mixer must be a name, a Mixer or None, got {type(mixer).__name__}")
+    if mixer.d_model != channels:
+        raise ValueError(f"mixer must have d_model = channels = {channels}, got {mixer.d_model}")
+    return mixer
+
+
+def make_partner(mixer: Mixer | None, bidirectional: bool) -> Mixer | None:
+    """A second mixer, with weights of its own, for the other direction of a causal one."""
+    if mixer is not None and not bidirectional and not mixer.causal:
+        raise ValueError(
+            "bidirectional must be True for a mixer that is not causal, got False for "
+            f"{mixer.info.name}; mixer='mamba' reads one way"
+        )
+    if mixer is None or not bidirectional or not mixer.causal:
+        return None
+    partner = copy.deepcopy(mixer)
+    partner.reset_parameters()
+    return partner
+
+
+def _run(mixer: Mixer, x: Tensor, sequences: Sequences) -> Tensor:
+    """Gather the nodes into sequences, mix, scatter back, average over the K orders."""
+    out = mixer(x[sequences.nodes].unsqueeze(0), cu_seqlens=sequences.cu_seqlens)
+    return out.squeeze(0)[sequences.places].mean(0)
+
+
+def number_of_graphs(x: Tensor, batch: Tensor | None, batch_size: int | None) -> int:
+    """Number of graphs; ids are read back where that costs nothing or cannot be avoided."""
+    if batch is None:
+        if batch_size not in (None, 1):
+            raise ValueError(f"batch_size must be 1 when batch is None, got {batch_size}")
+        return 1
+    if batch.shape != x.shape[:1] or batch.dtype != torch.int64:
+        raise ValueError(
+            f"batch must be ({x.size(0)},) int64 like x: got {tuple(batch.shape)} {batch.dtype}"
+        )
+    if batch_size is not None and batch_size < 0:
+        raise ValueError(f"batch_size must be at least 0, got {batch_size}")
+    # reading numbers back stops a compiled graph and waits for a GPU
+    silent = torch.compiler.is_compiling() or batch.device.type != "cpu"
+    if batch_size is not None and (silent or batch.numel() == 0):
+        return batch_size
+    if batch.numel() == 0:
+        return 1
+    least, most = (int(bound) for bound in torch.stack(batch.aminmax()))
+    if least < 0:
+        raise ValueError(f"batch must hold graph ids of at least 0, got {least}")
+    if batch_size is None:
+        return most + 1
+    if most >= batch_size:
+        raise ValueError(
+            f"batch_size must be at least batch.max() + 1 = {most + 1}, got {batch_size}"
+        )
+    return batch_size
+
+
+def check_devices(x: Tensor, **tensors: Tensor | None) -> None:
+    """Refuse tensors that are not on the device of x."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name} must be on {x.device} like x, got {tensor.device}")
+
+
+def check_edges(edges: Tensor, nodes: int) -> None:
+    """Refuse node ids out of range, on a CPU and outside compiled graphs."""
+    if torch.compiler.is_compiling() or edges.device.type != "cpu" or edges.numel() == 0:
+        return
+    least, most = (int(bound) for bound in edges.aminmax())
+    if least < 0 or most >= nodes:
+        raise ValueError(f"edge_index must hold node ids in [0, {nodes}), got {least} to {most}")
