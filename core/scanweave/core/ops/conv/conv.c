@@ -328,7 +328,7 @@ static int run(const Inputs *in, const Forward *f, const Backward *b) {
         sums = allocate(sizeof(Panel) * (size_t)(pieces * rows * panels));
         if (!sums) return 1;
     }
-#pragma omp parallel num_threads((int)in->parts) reduction(| : failed)
+#pragma omp parallel num_threads((int)in->parts) if (in->parts > 1) reduction(| : failed)
     {
         Memory *m = allocate(sizeof(Memory));
         if (m) memset(m, 0, sizeof(Memory)); /* lanes past D */

@@ -1,6 +1,7 @@
 """One token of the selective scan, for decoding and acting. Equations: `reference.py`.
 
-On a GPU one kernel does all of it, state included: a roll-out is many small calls.
+On a GPU one kernel does all of it, state included, and on a CPU one C function: a roll-out is many
+small calls.
 """
 
 # Triton's own language: constant branches, launch options
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from ..checks import check_tensor, computing_dtype, on_kernels
 from ..launch import LOG2_E, adjacent, ceil_div, on_device, power_of_2, sigmoid
+from . import compiled_step
 from .kernels import load_row, softplus
 
 _lib = torch.library.Library("scanweave", "FRAGMENT")
@@ -169,6 +171,8 @@ def _(
 ) -> Tensor:
     if on_kernels(x, dt, A, B, C, D, z, dt_bias, state):
         return _step_fused(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
+    if compiled_step.takes(state, x, dt, A, B, C, D, z, dt_bias):
+        return compiled_step.step(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
     dtype = computing_dtype(x, dt, A, B, C, D, z, dt_bias, state)
     xs, delta = x.to(dtype), dt.to(dtype)
     if dt_bias is not None:
