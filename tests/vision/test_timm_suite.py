@@ -26,15 +26,17 @@ if not SUITE.is_file():
     )
 
 # modules with `forward_intermediates`, and models whose features are tokens, in timm's lists
-MODULES = ["vim", "ssm_vit", "hydra_vit"]
-TOKEN_MODELS = [f"{family}_*" for family in MODULES] + [f"test_{family}*" for family in MODULES]
+TOKEN_MODULES = ["vim", "ssm_vit", "hydra_vit"]
+TOKEN_MODELS = [f"{m}_*" for m in TOKEN_MODULES] + [f"test_{m}*" for m in TOKEN_MODULES]
+MODULES = [*TOKEN_MODULES, "vmamba"]
+MODELS = [*TOKEN_MODELS, "vmamba_*", "vanilla_vmamba_*", "test_vmamba*"]
 
 # torch deprecates TorchScript, which timm tests still
 pytestmark = pytest.mark.filterwarnings("default")
 
 
 def _is_ours(name: str) -> bool:
-    return any(fnmatch.fnmatch(name, glob) for glob in TOKEN_MODELS)
+    return any(fnmatch.fnmatch(name, glob) for glob in MODELS)
 
 
 def _load(source: str) -> dict[str, Any]:
@@ -79,12 +81,14 @@ globals().update(
 
 
 def test_suite_has_not_shrunk() -> None:
-    """The tests that apply to token models are all collected."""
+    """The tests that apply to our models, of tokens and of stages, are all collected."""
     assert {n.removeprefix("test_model_") for n in globals() if n in _SUITE} >= {
         "forward",
         "backward",
+        "default_cfgs",
         "default_cfgs_non_std",
         "forward_torchscript",
+        "forward_features",
         "forward_intermediates",
         "forward_intermediates_features",
         "forward_fx",
@@ -94,6 +98,7 @@ def test_suite_has_not_shrunk() -> None:
 
 
 SMALL = {"embed_dim": 32, "depth": 3, "img_size": 64}
+SMALL_STAGES = {"dims": 8, "depths": (1, 1, 1)}
 
 
 @pytest.mark.parametrize("model", ["test_vim", "test_ssm_vit", "test_hydra_vit"])
@@ -111,3 +116,19 @@ SMALL = {"embed_dim": 32, "depth": 3, "img_size": 64}
 def test_timm_says_of_other_models(name: str, arguments: tuple[Any, ...], model: str) -> None:
     """What timm asks of single models of its own, asked of ours."""
     _SUITE[name](model, *copy.deepcopy(arguments))
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("test_model_init_weights_after_to_empty", (SMALL_STAGES,)),
+        ("test_headless_checkpoint_reload", (SMALL_STAGES,)),
+        ("test_relpos_non_square_checkpoint_reload", (SMALL_STAGES,)),
+        ("test_relpos_non_square_set_input_size", (SMALL_STAGES,)),
+        ("test_prune_intermediate_layers_params_used", ()),
+        ("test_pruned_features_torchscript", ()),
+    ],
+)
+def test_timm_says_of_other_models_of_stages(name: str, arguments: tuple[Any, ...]) -> None:
+    """The same, asked of a model whose features are maps."""
+    _SUITE[name]("test_vmamba", *copy.deepcopy(arguments))

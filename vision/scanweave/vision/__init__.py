@@ -13,5 +13,6 @@ except ModuleNotFoundError as error:
 from .hydra_vit import HydraVit
 from .ssm_vit import SsmVit
 from .vim import Vim
+from .vmamba import VMamba
 
-__all__ = ["HydraVit", "SsmVit", "Vim"]
+__all__ = ["HydraVit", "SsmVit", "VMamba", "Vim"]
