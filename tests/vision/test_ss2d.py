@@ -46,12 +46,12 @@ def test_paths_are_kept() -> None:
 
 
 def test_scan_follows_the_equations() -> None:
-    """SS2D against its equations written out, one direction and token at a time."""
+    """SS2D and every gradient, against its equations one direction and token at a time."""
     torch.manual_seed(1)
     mixer = SS2D(6, GridPaths((3, 4)), d_state=2, dt_rank=2, gate="silu").double()
     nn.init.normal_(mixer.dt_projs_bias)
     nn.init.normal_(mixer.Ds)
-    x = torch.randn(2, 3, 4, 6).double()
+    x = torch.randn(2, 3, 4, 6).double().requires_grad_()
     u, z = mixer.in_proj(x).chunk(2, -1)
     assert mixer.conv2d is not None
     u = mixer.conv2d(u.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
@@ -67,7 +67,13 @@ def test_scan_follows_the_equations() -> None:
             h = torch.exp(delta * A[k]) * h + delta * u[:, p, :, None] * B[:, None]
             y[:, p] += (h * C[:, None]).sum(-1) + D[k] * u[:, p]
     y = mixer.out_norm(y.view(2, 3, 4, 6)) * nn.functional.silu(z)
-    torch.testing.assert_close(mixer(x), mixer.out_proj(y), rtol=1e-9, atol=1e-11)
+    actual, expected = mixer(x), mixer.out_proj(y)
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-11)
+    cotangent = torch.randn(2, 3, 4, 6).double()
+    inputs = [x, *mixer.parameters()]
+    expected = torch.autograd.grad(expected, inputs, cotangent)
+    for got, want in zip(torch.autograd.grad(actual, inputs, cotangent), expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-10)
 
 
 def test_initialisation() -> None:

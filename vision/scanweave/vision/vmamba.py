@@ -2,7 +2,7 @@
 
 Paper: Liu et al. 2024, VMamba: Visual State Space Model, https://arxiv.org/abs/2401.10166.
 Official code, MIT:
-https://github.com/MzeroMiko/VMamba/blob/2ed52ea/classification/models/vmamba.py
+https://github.com/MzeroMiko/VMamba/blob/2ed52ead062a51a64521ed3871d52914bf532876/classification/models/vmamba.py
 
 Parameter names are those of the released checkpoints. What differs from the official code is
 numbered in `vision/README.md`.
