@@ -28,6 +28,7 @@ if not SUITE.is_file():
 # modules with `forward_intermediates`, and models whose features are tokens, in timm's lists
 TOKEN_MODULES = ["vim", "ssm_vit", "hydra_vit"]
 TOKEN_MODELS = [f"{m}_*" for m in TOKEN_MODULES] + [f"test_{m}*" for m in TOKEN_MODULES]
+TOKEN_MODELS += ["local_vim_*"]
 MODULES = [*TOKEN_MODULES, "vmamba"]
 MODELS = [*TOKEN_MODELS, "vmamba_*", "vanilla_vmamba_*", "test_vmamba*"]
 

@@ -98,6 +98,9 @@ def test_official_names_shapes_and_counts(name: str, goldens: Path) -> None:
         ("vim_small_patch16_224", 25_796_584),
         ("vim_small_patch16_stride8_224", 26_001_256),
         ("vim_base_patch16_224", 97_598_440),
+        ("vim_tiny_patch16_384", 7_220_968),
+        ("vim_small_patch16_384", 25_942_504),
+        ("vim_base_patch16_384", 97_890_280),
     ],
 )
 def test_parameter_counts(name: str, count: int) -> None:
@@ -157,6 +160,27 @@ def test_positions_are_resized_when_loading() -> None:
     assert target.pos_embed.shape == (1, 6 * 8 + 1, 32)
     assert torch.equal(target.pos_embed[:, 24], source.pos_embed[:, 8])
     assert torch.isfinite(target(torch.randn(1, 3, 96, 128))).all()
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_official_resize_is_an_option(dynamic: bool) -> None:
+    """Row 0 stays and every other one is the grid's, in loading, setting and running alike."""
+    source = _small()
+    table = source.pos_embed
+    rest = table[:, 1:].unflatten(1, (4, 4)).permute(0, 3, 1, 2)
+    rest = torch.nn.functional.interpolate(rest, (6, 8), mode="bicubic", align_corners=False)
+    expected = torch.cat([table[:, :1], rest.flatten(2).transpose(1, 2)], 1)
+    target = _small(img_size=(96, 128), official_pos_resize=True)
+    state = checkpoint_filter_fn(source.state_dict(), target)
+    torch.testing.assert_close(state["pos_embed"], expected)
+    target.load_state_dict(state)
+    x = torch.randn(1, 3, 96, 128)
+    other = _small(official_pos_resize=True, dynamic_img_size=dynamic)
+    other.load_state_dict(source.state_dict())
+    if not dynamic:
+        other.set_input_size((96, 128))
+        torch.testing.assert_close(other.pos_embed, expected)
+    torch.testing.assert_close(other(x), target(x))
 
 
 def test_stride_16_weights_load_into_stride_8() -> None:

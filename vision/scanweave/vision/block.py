@@ -50,8 +50,8 @@ class MixerBlock(nn.Module):
 
     Args:
         dim: Channels D.
-        mixer: Name of a registered mixer.
-        mixer_args: Its arguments.
+        mixer: Name of a registered mixer, or a module (B, L, D) to (B, L, D).
+        mixer_args: Arguments of the registered one.
         norm_eps: Epsilon of the norm.
         drop_path: Probability that a sample skips the layer in training.
         mlp_ratio: Hidden channels of the MLP, in units of D; 0 for none.
@@ -62,7 +62,7 @@ class MixerBlock(nn.Module):
     def __init__(
         self,
         dim: int,
-        mixer: str,
+        mixer: str | nn.Module,
         mixer_args: Mapping[str, Any] | None = None,
         norm_eps: float = 1e-5,
         drop_path: float = 0.0,
@@ -73,7 +73,9 @@ class MixerBlock(nn.Module):
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.norm = RmsNorm(dim, eps=norm_eps, **dd)
-        self.mixer: Any = create_mixer(mixer, dim, **(mixer_args or {}), **dd)
+        if isinstance(mixer, str):
+            mixer = create_mixer(mixer, dim, **(mixer_args or {}), **dd)
+        self.mixer: Any = mixer
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.has_mlp = mlp_ratio > 0
         self.norm2 = RmsNorm(dim, eps=norm_eps, **dd) if self.has_mlp else nn.Identity()
@@ -115,7 +117,8 @@ class MixerBlock(nn.Module):
         if official_init:
             dt_proj_b = getattr(self.mixer, "dt_proj_b", None)
             if not isinstance(dt_proj_b, nn.Linear):
-                name = self.mixer.info.name
+                info = getattr(self.mixer, "info", None)
+                name = type(self.mixer).__name__ if info is None else info.name
                 raise ValueError(f"official_init must be False for mixer {name!r}, got True")
             dt_proj_b.reset_parameters()
             nn.init.zeros_(dt_proj_b.bias)

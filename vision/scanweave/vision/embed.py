@@ -219,6 +219,7 @@ def resample_pos_embed(
     old_grid: list[int],
     class_position: str,
     antialias: bool = True,
+    official: bool = False,
 ) -> Tensor:
     """Interpolate a position table to another grid; the class token's row moves, unchanged.
 
@@ -228,6 +229,8 @@ def resample_pos_embed(
         old_grid: (h, w) of the table.
         class_position: Where the class token stands ("middle", "first", "last"); "" without one.
         antialias: Filter when the grid shrinks; the official resize does not.
+        official: Resize as Vim's code does: row 0 is taken for the class token's wherever that
+            stands, nothing is filtered.
 
     Returns:
         Table for the new grid, same dtype.
@@ -235,9 +238,15 @@ def resample_pos_embed(
     Source: bicubic as in timm; that the middle row is not part of the grid is where the
         official resize differs, see README, difference 4.
     """
-    if class_position == "":
+    if official:
+        antialias = False
+    if class_position == "" or official:
         return resample_abs_pos_embed(
-            pos_embed, new_grid, old_grid, num_prefix_tokens=0, antialias=antialias
+            pos_embed,
+            new_grid,
+            old_grid,
+            num_prefix_tokens=0 if class_position == "" else 1,
+            antialias=antialias,
         )
     row, patches = split_token(pos_embed, class_index(pos_embed.shape[1] - 1, class_position))
     patches = resample_abs_pos_embed(

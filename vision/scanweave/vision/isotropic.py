@@ -9,7 +9,7 @@ points: see `vim.py`.
 # timm.layers exports its names without saying so to type checkers
 # pyright: reportPrivateImportUsage=false
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -19,8 +19,21 @@ from torch import Tensor, nn
 
 from .block import MixerBlock, RmsNorm, at_least_float32, is_scripting
 from .embed import ClassPosition, PatchEmbed, class_index, insert_token, resample_pos_embed
+from .local import LocalMamba
 from .paths import dynamic_orders, token_orders
 from .tokens import TokenModel
+
+
+def _check_directions(layers: int, depth: int, mixer: str, path: str, dynamic: bool) -> None:
+    if layers != depth:
+        raise ValueError(f"directions must have one entry a layer, {depth}, got {layers}")
+    if mixer != "bimamba" or path != "raster":
+        raise ValueError(
+            "mixer and path must be left out with directions, which bring their own, "
+            f"got {mixer!r} and {path!r}"
+        )
+    if dynamic:
+        raise ValueError("dynamic_img_size must be False with directions; use set_input_size")
 
 
 class IsotropicModel(TokenModel):
@@ -44,10 +57,14 @@ class IsotropicModel(TokenModel):
         path: Order in which layers read the patches, a kind of `scanweave.core.grid_paths`;
             kinds with K directions take turns, layer i reads direction i mod K.
         window: Window of the path "window", (rows, columns) or one number.
+        directions: LocalMamba's mixer in the place of `mixer`: for every layer the names of its
+            scans, see `local_order`; sizes then change by `set_input_size` only.
         mlp_ratio: Hidden channels of an MLP after every mixer, in units of D; 0 for no MLP.
         class_token: Use a class token.
         class_token_pos: Where it stands: "middle", "first" or "last".
         pos_embed: "learn", or "none" for no position table.
+        official_pos_resize: Resize positions as Vim's code does, which takes the first patch's
+            position for the class token's; see `resample_pos_embed`.
         dynamic_img_size: Take any image size; positions are interpolated in `forward`.
         dynamic_img_pad: Pad images that the stride does not divide.
         residual_in_fp32: Keep the residual stream in float32 in 16-bit models and autocast.
@@ -82,10 +99,12 @@ class IsotropicModel(TokenModel):
         mixer_args: Mapping[str, Any] | None = None,
         path: str = "raster",
         window: int | tuple[int, int] | None = None,
+        directions: Sequence[Sequence[str]] | None = None,
         mlp_ratio: float = 0.0,
         class_token: bool = True,
         class_token_pos: ClassPosition = "middle",
         pos_embed: Literal["learn", "none"] = "learn",
+        official_pos_resize: bool = False,
         dynamic_img_size: bool = False,
         dynamic_img_pad: bool = False,
         residual_in_fp32: bool = True,
@@ -116,6 +135,7 @@ class IsotropicModel(TokenModel):
         self.num_prefix_tokens = 1 if class_token else 0
         self.class_position = class_token_pos if class_token else ""
         self.global_pool = self._checked_pool(global_pool)
+        self.official_pos_resize = official_pos_resize
         self.dynamic_img_size = dynamic_img_size
         self.residual_in_fp32 = residual_in_fp32
         self.official_init = official_init
@@ -138,18 +158,25 @@ class IsotropicModel(TokenModel):
         )
         self.pos_drop = nn.Dropout(pos_drop_rate)
 
+        if directions is not None:
+            _check_directions(len(directions), depth, mixer, path, dynamic_img_size)
         own = {"d_state": d_state, "d_conv": d_conv, "expand": expand, "dt_rank": dt_rank}
         config = {k: v for k, v in own.items() if v is not None} | dict(mixer_args or {})
         self.path, self.window = path, window
         self.register_buffer("orders", self._new_orders(device), persistent=False)
         # on the CPU whatever the default device: meta has no values
         rates = torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
+        if directions is None:
+            mixers: list[str | nn.Module] = [mixer] * depth
+        else:
+            mixers = [LocalMamba(embed_dim, names, **config, **dd) for names in directions]
         self.layers = nn.Sequential(
             *(
-                MixerBlock(embed_dim, mixer, config, norm_eps, rate, mlp_ratio, **dd)
-                for rate in rates
+                MixerBlock(embed_dim, kind, config, norm_eps, rate, mlp_ratio, **dd)
+                for kind, rate in zip(mixers, rates, strict=True)
             )
         )
+        self._set_grids()
         self.norm_f = RmsNorm(embed_dim, eps=norm_eps, **dd)
         reduction = self.patch_embed.feat_ratio()
         self.feature_info = [
@@ -182,6 +209,7 @@ class IsotropicModel(TokenModel):
                 trunc_normal_(table, std=0.02)
         if self.orders is not None:
             self.orders = self._new_orders(self.orders.device)
+        self._set_grids()
         for layer in self.layers:
             assert isinstance(layer, MixerBlock)
             layer.init_weights(len(self.layers), self.official_init, needs_reset)
@@ -211,22 +239,39 @@ class IsotropicModel(TokenModel):
         if self.pos_embed is not None and embed.grid_size != old_grid:
             with torch.no_grad():
                 table = resample_pos_embed(
-                    self.pos_embed, list(embed.grid_size), list(old_grid), self.class_position
+                    self.pos_embed,
+                    list(embed.grid_size),
+                    list(old_grid),
+                    self.class_position,
+                    official=self.official_pos_resize,
                 )
             self.pos_embed = nn.Parameter(table, requires_grad=self.pos_embed.requires_grad)
         if self.orders is not None:
             self.orders = self._new_orders(self.orders.device)
+        self._set_grids()
         for info in self.feature_info:
             info["reduction"] = embed.feat_ratio()
         sizes = {"patch_size": embed.patch_size, "stride": embed.stride}
         update_model_input_size(self, embed.img_size, **sizes)
 
     @torch.jit.unused
+    def _set_grids(self) -> None:
+        """Tell mixers that know of the grid what it is."""
+        for layer in self.layers:
+            if isinstance(layer, MixerBlock) and isinstance(layer.mixer, LocalMamba):
+                layer.mixer.set_grid(self.patch_embed.grid_size, self._class_rows())
+
+    @torch.jit.unused
+    def _class_rows(self) -> tuple[int, ...]:
+        if not self.class_position:
+            return ()
+        return (class_index(self.patch_embed.num_patches, self.class_position),)
+
+    @torch.jit.unused
     def _new_orders(self, device: torch.device | str | None) -> Tensor | None:
         """Orders of `img_size`, (2, K, L), see `token_orders`."""
         embed = self.patch_embed
-        rows = (class_index(embed.num_patches, self.class_position),) if self.class_position else ()
-        orders = token_orders(embed.grid_size, self.path, self.window, rows)
+        orders = token_orders(embed.grid_size, self.path, self.window, self._class_rows())
         # a copy: the orders are cached, and models may be moved or emptied
         return orders if orders is None else orders.to(device, copy=True)
 
@@ -258,6 +303,7 @@ class IsotropicModel(TokenModel):
                     [grid[0], grid[1]],
                     [self.patch_embed.grid_size[0], self.patch_embed.grid_size[1]],
                     self.class_position,
+                    official=self.official_pos_resize,
                 )
             else:
                 x = x + self.pos_embed

@@ -41,7 +41,11 @@ def fit_state_dict(
     if own is not None and table is not None and table.shape[1] != own.shape[1]:
         grid = _stored_grid(table.shape[1] - model.num_prefix_tokens, model)
         out["pos_embed"] = resample_pos_embed(
-            table, list(model.patch_embed.grid_size), list(grid), model.class_position
+            table,
+            list(model.patch_embed.grid_size),
+            list(grid),
+            model.class_position,
+            official=model.official_pos_resize,
         )
     return out
 

@@ -11,7 +11,7 @@ the official code is numbered, with permalinks, in `vision/README.md`.
 
     Vim                    the model
     checkpoint_filter_fn   what timm applies to a state dict before it loads it
-    vim_*, test_vim        entry points, registered with timm
+    vim_*, local_vim_*     entry points, registered with timm
 """
 
 from typing import Any
@@ -81,6 +81,27 @@ def _cfg(url: str = "", **kwargs: Any) -> dict[str, Any]:
     }
 
 
+def _local_cfg(**kwargs: Any) -> dict[str, Any]:
+    paper = {
+        "paper_ids": "arXiv:2403.09338",
+        "paper_name": "LocalMamba: Visual State Space Model with Windowed Selective Scan",
+        "origin_url": "https://github.com/hunto/LocalMamba",
+    }
+    return _cfg(**{**paper, **kwargs})
+
+
+# searched by LocalMamba's authors, layer by layer; "_" stands for "_flip"
+_LOCAL_DIRECTIONS = tuple(
+    tuple(name.replace("_", "_flip") for name in layer.split())
+    for layer in (
+        *("h v_ w7 w7_", "h_ w2_ w7 w7_", "h h_ v w7", "h h_ v v_", "h h_ v v_"),
+        *("h h_ v v_", "h_ v v_ w7", "h_ v v_ w2_", "h h_ v v_", "h h_ v v_"),
+        *("h v v_ w2", "h v v_ w2_", "h h_ v_ w7", "h_ v v_ w2", "h h_ v v_"),
+        *("h v w2 w2_", "v v_ w2 w7", "h h_ v w2", "h h_ w2_ w7", "v v_ w2 w2_"),
+    )
+)
+
+
 default_cfgs = generate_default_cfgs(
     {
         "vim_tiny_patch16_224.untrained": _cfg(),
@@ -88,6 +109,11 @@ default_cfgs = generate_default_cfgs(
         "vim_small_patch16_224.untrained": _cfg(),
         "vim_small_patch16_stride8_224.untrained": _cfg(),
         "vim_base_patch16_224.untrained": _cfg(),
+        "vim_tiny_patch16_384.untrained": _cfg(input_size=(3, 384, 384), crop_pct=1.0),
+        "vim_small_patch16_384.untrained": _cfg(input_size=(3, 384, 384), crop_pct=1.0),
+        "vim_base_patch16_384.untrained": _cfg(input_size=(3, 384, 384), crop_pct=1.0),
+        "local_vim_tiny_patch16_224.untrained": _local_cfg(),
+        "local_vim_small_patch16_224.untrained": _local_cfg(),
         "test_vim.untrained": _cfg(input_size=(3, 160, 160), crop_pct=0.95),
     }
 )
@@ -126,6 +152,41 @@ def vim_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> Vim:
     """Vim-B, 97.6 M parameters."""
     args: dict[str, Any] = {"embed_dim": 768, "depth": 24}
     return _create_vim("vim_base_patch16_224", pretrained, **{**args, **kwargs})
+
+
+@register_model
+def vim_tiny_patch16_384(pretrained: bool = False, **kwargs: Any) -> Vim:
+    """Vim-Ti for images of 384 x 384, 577 tokens."""
+    args: dict[str, Any] = {"img_size": 384, "embed_dim": 192, "depth": 24}
+    return _create_vim("vim_tiny_patch16_384", pretrained, **{**args, **kwargs})
+
+
+@register_model
+def vim_small_patch16_384(pretrained: bool = False, **kwargs: Any) -> Vim:
+    """Vim-S for images of 384 x 384, 577 tokens."""
+    args: dict[str, Any] = {"img_size": 384, "embed_dim": 384, "depth": 24}
+    return _create_vim("vim_small_patch16_384", pretrained, **{**args, **kwargs})
+
+
+@register_model
+def vim_base_patch16_384(pretrained: bool = False, **kwargs: Any) -> Vim:
+    """Vim-B for images of 384 x 384, 577 tokens."""
+    args: dict[str, Any] = {"img_size": 384, "embed_dim": 768, "depth": 24}
+    return _create_vim("vim_base_patch16_384", pretrained, **{**args, **kwargs})
+
+
+@register_model
+def local_vim_tiny_patch16_224(pretrained: bool = False, **kwargs: Any) -> Vim:
+    """LocalVim-T with a class token in the middle: four local scans a layer."""
+    args: dict[str, Any] = {"embed_dim": 192, "depth": 20, "directions": _LOCAL_DIRECTIONS}
+    return _create_vim("local_vim_tiny_patch16_224", pretrained, **{**args, **kwargs})
+
+
+@register_model
+def local_vim_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> Vim:
+    """LocalVim-S with a class token in the middle: four local scans a layer."""
+    args: dict[str, Any] = {"embed_dim": 384, "depth": 20, "directions": _LOCAL_DIRECTIONS}
+    return _create_vim("local_vim_small_patch16_224", pretrained, **{**args, **kwargs})
 
 
 @register_model
