@@ -124,6 +124,15 @@ def test_sizes_and_batches(size: tuple[int, int], downsample: str) -> None:
     assert model(x[:0]).shape == (0, 16)
 
 
+def test_memory_format_changes_nothing() -> None:
+    """Images and weights channels last in memory."""
+    model, x = _small(), _image(2, 3, 33, 20)
+    expected = model(x)
+    model = model.to(memory_format=torch.channels_last)
+    actual = model(x.to(memory_format=torch.channels_last))
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)
+
+
 def test_set_input_size_changes_the_paths_alone() -> None:
     """The same numbers as before, for the new size and the old one."""
     model = _small()

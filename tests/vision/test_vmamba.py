@@ -10,7 +10,7 @@ import timm
 import torch
 from safetensors import safe_open
 from timm.models import save_for_hf
-from torch import Tensor
+from torch import Tensor, nn
 
 from scanweave.vision.vmamba import VMamba, checkpoint_filter_fn
 
@@ -208,3 +208,19 @@ def test_saved_model_comes_back_through_timm(tmp_path: Path) -> None:
     again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
     x = _image()
     assert torch.equal(again(x), model(x))
+
+
+def test_readme_example_runs() -> None:
+    """VMamba's Python block in the folder's README, as written."""
+    readme = Path(__file__).parents[2] / "vision" / "README.md"
+    section = readme.read_text(encoding="utf-8").split("\n## VMamba\n")[1]
+    made: list[nn.Module] = []
+    source = section.split("```python\n")[1].split("```")[0].replace("timm.create_model", "make")
+    exec(
+        compile(source, str(readme), "exec"),
+        {"make": lambda name, **kwargs: made.append(timm.create_model(name, **kwargs))},
+    )
+    model, backbone = made
+    assert model.num_features == 512
+    assert backbone.feature_info.channels() == [192, 384, 768]
+    assert backbone.feature_info.reduction() == [8, 16, 32]
