@@ -262,8 +262,6 @@ def test_settings_are_checked(kwargs: dict[str, Any], message):
 def test_recipes_name_models_that_exist(name):
     recipe = get_recipe(name)
     assert recipe.recipe == name
-    if not timm.list_models(f"{recipe.model.partition('_')[0]}_*"):
-        pytest.skip("no model of this family is registered")
     assert timm.is_model(recipe.model)
 
 

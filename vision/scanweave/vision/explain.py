@@ -1,0 +1,344 @@
+"""What a prediction used, as pictures: `python -m scanweave.vision.explain`.
+
+    python -m scanweave.vision.explain --model local-dir:runs/vision/model --images cat.png dogs/
+
+Two pictures. Per image, a heat map: every mixer is a token-to-token matrix M (`Mixer.matrix`), and
+what the head reads is traced back through these, layer by layer:
+
+    A_l[t, s] = w_l[s] mean over channels of |M_l[t, s]|, rows divided by their sums
+    r         <- (r + r A_l) / 2          from the last layer to the first
+
+starting from the class token, or from all patches where they are pooled. w_l is 1 in the form
+"attention", which shows what was read; in the form "gradient" w_l[s] is how much the layer's input
+at token s counts for the score of the class, |input . d score / d input|, which shows what of it
+was used. And per model, the effective receptive field: |d feature in the middle / d pixel|,
+averaged over the images.
+
+    token_matrices              every layer's A_l, its tokens' grid and the place of the class token
+    heat_map                    images -> (B, H, W), between 0 and 1
+    effective_receptive_field   images -> (H, W), largest 1
+    explain                     files in, pictures out: what `main` runs
+
+Sources: Ali, Zimerman & Wolf 2024, The Hidden Attention of Mamba Models, arXiv 2403.01590 (M as
+attention; their gradient form weights channels by their slopes, ours tokens by theirs); Abnar &
+Zuidema 2020, arXiv 2005.00928 (tracing through layers); Luo et al. 2016, arXiv 1701.04128
+(effective receptive field).
+"""
+# timm exports its names without saying so to type checkers
+# pyright: reportPrivateImportUsage=false
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import timm
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from timm.data import resolve_data_config
+from torch import Tensor, nn
+
+from .block import MixerBlock
+from .data import DataConfig, eval_transform
+from .embed import class_index
+
+Form = Literal["attention", "gradient"]
+_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of one run."""
+
+    model: str
+    """Any model of timm whose mixers have a matrix, `local-dir:` and `hf-hub:` included."""
+    images: tuple[Path, ...]
+    """Image files, and folders of them."""
+    pretrained: bool = True
+    """Load the model's weights; without, it is as drawn."""
+    output_dir: Path = Path("runs/explain")
+    """Folder for the pictures: `<image>.png`, `receptive_field.png`, and `predictions.json`."""
+    form: Form = "gradient"
+    """`attention` for what was read, `gradient` for what of it spoke for the class."""
+    target: int = -1
+    """Class to explain; -1 for the predicted one."""
+    receptive_field: bool = True
+    """Also draw the effective receptive field."""
+
+
+@dataclass
+class TokenMatrix:
+    """How one layer mixes tokens.
+
+    Attributes:
+        weights: A_l, (B, L, L) in the tokens' natural order; rows sum to 1.
+        grid: Rows and columns of the patches.
+        class_place: Where the class token stands among the L tokens; None without one.
+    """
+
+    weights: Tensor
+    grid: tuple[int, int]
+    class_place: int | None
+
+
+def token_matrices(
+    model: nn.Module, images: Tensor, form: Form = "attention", target: Tensor | None = None
+) -> tuple[list[TokenMatrix], Tensor]:
+    """Run the model and collect every mixer's matrix; memory grows with L^2 a channel and image.
+
+    Args:
+        model: A model in evaluation mode, with mixers that have `matrix(x)`.
+        images: (B, C, H, W).
+        form: "attention" or "gradient".
+        target: Class of every image for the gradient, (B,); the predicted one when None.
+
+    Returns:
+        One entry per layer, first to last, and the scores, (B, classes).
+
+    Raises:
+        ValueError: `form` is unknown, or no layer has a matrix.
+    """
+    if form not in ("attention", "gradient"):
+        raise ValueError(f"form must be attention or gradient, got {form!r}")
+    seen: list[tuple[Any, Tensor]] = []
+    inverses: dict[int, Tensor | None] = {}
+
+    def keep(mixer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        seen.append((mixer, inputs[0]))
+
+    def before(block: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        given = inputs[2] if len(inputs) > 2 else named.get("inverse")
+        inverses[id(getattr(block, "mixer", None))] = given
+
+    hooks = []
+    for module in model.modules():
+        if callable(getattr(module, "matrix", None)):
+            hooks.append(module.register_forward_pre_hook(keep))
+        if isinstance(module, MixerBlock):
+            hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
+    try:
+        with torch.set_grad_enabled(form == "gradient"):
+            # frozen weights would leave nothing to differentiate
+            scores = model(images.detach().requires_grad_(form == "gradient"))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not seen:
+        raise ValueError(
+            f"model must have mixers with matrix(x), {type(model).__name__} has none; "
+            "effective_receptive_field works for every model"
+        )
+    weights: Sequence[Tensor | None] = [None] * len(seen)
+    if form == "gradient":
+        classes = scores.argmax(1) if target is None else target
+        total = scores.gather(1, classes.unsqueeze(1)).sum()
+        inputs = [x for _, x in seen]
+        pairs = zip(inputs, torch.autograd.grad(total, inputs), strict=True)
+        weights = [(x * g).sum(-1).abs().flatten(1).detach() for x, g in pairs]
+    layers = []
+    for (mixer, x), weight in zip(seen, weights, strict=True):
+        with torch.no_grad():
+            matrix = mixer.matrix(x.detach()).abs().mean(1).float()
+            if weight is not None:
+                # relative to the largest, so that slopes of 1e-30 do not vanish in the sum below
+                weight = weight / weight.amax(1, keepdim=True).clamp(min=1e-30)
+                matrix = matrix * weight.float().unsqueeze(1)
+            inverse = inverses.get(id(mixer))
+            if inverse is not None:
+                matrix = matrix[:, inverse][:, :, inverse]
+            matrix = matrix / matrix.sum(-1, keepdim=True).clamp(min=1e-30)
+        layers.append(TokenMatrix(matrix, *_places(model, images, x)))
+    return layers, scores.detach()
+
+
+def _places(model: nn.Module, images: Tensor, x: Tensor) -> tuple[tuple[int, int], int | None]:
+    """Grid of the patches that a mixer sees, and where its class token stands."""
+    if x.ndim == 4:
+        return (x.shape[1], x.shape[2]), None
+    embed: Any = getattr(model, "patch_embed", None)
+    size: Callable[..., tuple[int, int]] | None = getattr(embed, "dynamic_feat_size", None)
+    if size is not None:
+        grid = size((images.shape[2], images.shape[3]))
+        patches = grid[0] * grid[1]
+        if x.shape[1] == patches:
+            return grid, None
+        if x.shape[1] == patches + 1:
+            return grid, class_index(patches, getattr(model, "class_position", "first"))
+    raise ValueError(
+        f"model must have one token per patch and at most one class token, got {x.shape[1]} tokens"
+    )
+
+
+def heat_map(
+    model: nn.Module, images: Tensor, form: Form = "gradient", target: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Which pixels a prediction used, at the resolution of the patches.
+
+    Args:
+        model: As in `token_matrices`; with several stages the map is resized between them.
+        images: (B, C, H, W).
+        form: "attention" or "gradient", see the module's text.
+        target: Class of every image, (B,); the predicted one when None.
+
+    Returns:
+        Maps (B, H, W) between 0 and 1, and the scores (B, classes).
+
+    Raises:
+        ValueError: as in `token_matrices`, or the tokens form no grid.
+    """
+    layers, scores = token_matrices(model, images, form, target)
+    last = layers[-1]
+    read = last.weights.new_zeros(last.weights.shape[:2])
+    pooled = last.class_place is None or getattr(model, "global_pool", "avg") != "token"
+    if pooled:
+        read.fill_(1)
+        if last.class_place is not None:
+            read[:, last.class_place] = 0
+    else:
+        read[:, last.class_place] = 1
+    grid = last.grid
+    for layer in reversed(layers):
+        if layer.grid != grid:
+            read = _resized(read.unflatten(1, grid), layer.grid).flatten(1)
+            grid = layer.grid
+        read = (read + (read.unsqueeze(1) @ layer.weights).squeeze(1)) / 2
+        read = read / read.sum(1, keepdim=True).clamp(min=1e-30)
+    place = layers[0].class_place
+    if place is not None:
+        read = torch.cat([read[:, :place], read[:, place + 1 :]], 1)
+    maps = _resized(read.unflatten(1, grid), (images.shape[2], images.shape[3]))
+    low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
+    return (maps - low) / (high - low).clamp(min=1e-30), scores
+
+
+def _resized(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    return F.interpolate(maps.unsqueeze(1), size, mode="bilinear", align_corners=False)[:, 0]
+
+
+def effective_receptive_field(model: nn.Module, images: Tensor) -> Tensor:
+    """How much each pixel moves the last feature map in its middle.
+
+    Args:
+        model: Any timm model with `forward_intermediates`, in evaluation mode.
+        images: (B, C, H, W), the more the smoother the picture.
+
+    Returns:
+        (H, W), largest 1.
+
+    Raises:
+        ValueError: the model has no `forward_intermediates`.
+    """
+    features: Any = getattr(model, "forward_intermediates", None)
+    if features is None:
+        raise ValueError(f"model must have forward_intermediates, got {type(model).__name__}")
+    with torch.enable_grad():
+        pixels = images.detach().requires_grad_()
+        last = features(pixels, indices=1, intermediates_only=True)[-1]
+        middle = last[:, :, last.shape[2] // 2, last.shape[3] // 2]
+        (gradient,) = torch.autograd.grad(middle.sum(), pixels)
+    field = gradient.abs().sum((0, 1))
+    return field / field.max().clamp(min=1e-30)
+
+
+def explain(config: Config) -> dict[str, Any]:
+    """Draw every image with its heat map, and the receptive field.
+
+    Returns:
+        `images`: by file, its `picture`, the predicted `class`, its `probability`, and the
+        explained `target`; `receptive_field`: the picture's path, or None.
+
+    Raises:
+        ValueError: there are no images.
+    """
+    model = timm.create_model(config.model, pretrained=config.pretrained).eval()
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    model = model.to(device or "cpu")
+    files = _image_files(config.images)
+    data = resolve_data_config({}, model=model)
+    data = {**data, "input_size": (getattr(model, "in_chans", 3), *data["input_size"][1:])}
+    prepare = eval_transform(DataConfig(), data)
+    mean, std = (torch.tensor(data[name]).view(-1, 1, 1) for name in ("mean", "std"))
+    found: dict[str, Any] = {}
+    field: Tensor | None = None
+    for number, file in enumerate(files):
+        with Image.open(file) as picture:
+            image = prepare(picture).to(device or "cpu")
+        target = torch.tensor([config.target], device=image.device) if config.target >= 0 else None
+        maps, scores = heat_map(model, image.unsqueeze(0), config.form, target)
+        guess = int(scores.argmax(1))
+        # folders may hold files of the same name
+        name = f"{number:03d}-{file.stem}.png"
+        found[str(file)] = {
+            "picture": str(config.output_dir / name),
+            "class": guess,
+            "probability": round(float(scores.softmax(1)[0, guess]), 4),
+            "target": guess if target is None else config.target,
+        }
+        shown = (image.cpu() * std + mean).clamp(0, 1)
+        _draw_map(config.output_dir / name, shown, maps[0].cpu(), found[str(file)])
+        if config.receptive_field:
+            one = effective_receptive_field(model, image.unsqueeze(0)).cpu()
+            field = one if field is None else field + one
+    path = None
+    if field is not None:
+        path = config.output_dir / "receptive_field.png"
+        _draw_field(path, field / field.max())
+    (config.output_dir / "predictions.json").write_text(
+        json.dumps(found, indent=1), encoding="utf-8"
+    )
+    return {"images": found, "receptive_field": None if path is None else str(path)}
+
+
+def _image_files(paths: Sequence[Path]) -> list[Path]:
+    files: list[Path] = []
+    for path in map(Path, paths):
+        inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in _ENDINGS)
+        files += inside if path.is_dir() else [path]
+    if not files:
+        raise ValueError(f"images must name at least one image, got {list(map(str, paths))}")
+    return files
+
+
+def _draw_map(path: Path, image: Tensor, heat: Tensor, found: dict[str, Any]) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 3.4), layout="constrained", dpi=130)
+    left, right = figure.subplots(1, 2)
+    pixels = image.permute(1, 2, 0).expand(-1, -1, 3).numpy()
+    left.imshow(pixels)
+    right.imshow(pixels, alpha=0.45)
+    right.imshow(heat.numpy(), cmap="inferno", vmin=0, vmax=1, alpha=0.6)
+    left.set_title(f"class {found['class']}, {100 * found['probability']:.1f} %", fontsize=9)
+    right.set_title(f"used for class {found['target']}", fontsize=9)
+    for axes in (left, right):
+        axes.set_axis_off()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def _draw_field(path: Path, field: Tensor) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.8, 3.4), layout="constrained", dpi=130)
+    axes = figure.subplots()
+    # gradients span several powers of ten
+    shown = axes.imshow(field.clamp(min=1e-4).log10().numpy(), cmap="viridis", vmin=-4, vmax=0)
+    figure.colorbar(shown, ax=axes, label="log10, largest 1")
+    axes.set_title("effective receptive field", fontsize=9)
+    axes.set_axis_off()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def main() -> None:
+    """Read the settings from the command line, draw, show what was found."""
+    import tyro
+    from rich.console import Console
+
+    Console().print_json(json.dumps(explain(tyro.cli(Config, description=__doc__))))
+
+
+if __name__ == "__main__":
+    main()
