@@ -5,8 +5,9 @@ import copy
 import pytest
 import torch
 
-from scanweave.graph import ORDERS, GraphMambaConv, gin_conv
+from scanweave.graph import ORDERS, GMNConv, GraphMambaConv, gin_conv
 from scanweave.graph.ordering import tie_noise
+from scanweave.graph.walks import Neighbours, random_walks
 
 pytestmark = pytest.mark.gpu
 
@@ -58,3 +59,28 @@ def test_noise_drawn_on_the_gpu_follows_its_seed():
         outs.append(conv(x, edges))
     torch.testing.assert_close(outs[0], outs[1])
     assert not torch.allclose(outs[0], outs[2])
+
+
+def test_walks_are_the_same(random_graphs):
+    _, edges, _ = random_graphs([40, 1, 17])
+    every = torch.arange(58)
+    walks = random_walks(Neighbours(edges, 58), every, every, 4, 3, 2, seed=5)
+    there = every.cuda()
+    fast = random_walks(Neighbours(edges.cuda(), 58), there, there, 4, 3, 2, seed=5)
+    assert fast.cpu().equal(walks)
+
+
+@pytest.mark.parametrize("encoder", ["gin", "mean", "rwf"])
+def test_token_layer_and_gradients(encoder, random_graphs, assert_near):
+    x, edges, batch = random_graphs([40, 0, 1, 17])
+    conv = GMNConv(16, 16, 3, 2, 2, encoder, gin_conv(16), resample=False)
+    exact = copy.deepcopy(conv).double()
+    fast = conv.cuda()
+    leaf, twin = x.clone().requires_grad_(), x.float().cuda().requires_grad_()
+    expected = exact(leaf, edges, batch)
+    actual = fast(twin, edges.cuda(), batch.cuda(), batch_size=4)
+    assert_near(actual, expected, name="output")
+    weight = torch.randn_like(expected)
+    (expected * weight).sum().backward()
+    (actual * weight.float().cuda()).sum().backward()
+    assert_near(twin.grad, leaf.grad, dtype=torch.float32, gradient=True, name="x")

@@ -2,8 +2,11 @@
 
     GraphMambaConv   the layer, a drop-in for `torch_geometric.nn.GPSConv`
     GraphMamba       a stack of them, in the style of PyG's `BasicGNN`
+    GMNConv          Graph Mamba Networks: subgraph tokens of every node, then nodes
+    GraphMambaNet    the whole of that network
     degree_order, …  node orders: plain functions (see `ordering.py`)
     AddNodeOrder     transform: compute an order once per graph
+    AddWalkTokens    transform: draw the walks of subgraph tokens once per graph
     digit_graphs     handwritten digits as pixel graphs; needs no download
 
 `python -m scanweave.graph.train` trains a graph classifier.
@@ -25,7 +28,10 @@ except ImportError as error:
 from .conv import GraphMambaConv
 from .datasets import GraphSplits, load_splits
 from .digits import digit_graphs
+from .gmn import GMNConv
+from .local import ENCODERS, GINEncoder, MeanEncoder, RWFEncoder
 from .model import GraphMamba, gcn_conv, gin_conv
+from .net import GraphMambaNet
 from .ordering import (
     ORDERS,
     Order,
@@ -36,15 +42,22 @@ from .ordering import (
     random_order,
     rcm_order,
 )
-from .transforms import AddNodeOrder
+from .transforms import AddNodeOrder, AddWalkTokens
 
 __all__ = [
+    "ENCODERS",
     "ORDERS",
     "AddNodeOrder",
+    "AddWalkTokens",
+    "GINEncoder",
+    "GMNConv",
     "GraphMamba",
     "GraphMambaConv",
+    "GraphMambaNet",
     "GraphSplits",
+    "MeanEncoder",
     "Order",
+    "RWFEncoder",
     "bfs_order",
     "degree_order",
     "digit_graphs",

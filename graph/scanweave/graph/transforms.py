@@ -1,16 +1,27 @@
 """Transforms that compute once per graph what a layer would compute in every forward pass.
 
-AddNodeOrder   store a node order as `data.node_order`
+AddNodeOrder    store a node order as `data.node_order`
+AddWalkTokens   store the random walks of subgraph tokens as `data.walk_index`
 """
 
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 from torch_geometric.data import Data
 from torch_geometric.transforms import BaseTransform
 
 from .ordering import Order, order_name, resolve_order, tie_noise
 from .packing import edges_of, pack_nodes
+from .walks import Neighbours, random_walks
+
+
+def edges_of_data(data: Data) -> Tensor:
+    """Edges (2, E) int64 of a graph that has `edge_index` or `adj_t`; `ValueError` without."""
+    adj = data.edge_index if data.edge_index is not None else data.get("adj_t")
+    if adj is None:
+        raise ValueError("data must hold edge_index or adj_t, got neither")
+    return edges_of(adj)
 
 
 class AddNodeOrder(BaseTransform):
@@ -42,10 +53,7 @@ class AddNodeOrder(BaseTransform):
         Raises:
             ValueError: `data` has no edges in a form that PyG knows.
         """
-        adj = data.edge_index if data.edge_index is not None else data.get("adj_t")
-        if adj is None:
-            raise ValueError("data must hold edge_index or adj_t, got neither")
-        edge_index, nodes = edges_of(adj), int(data.num_nodes or 0)
+        edge_index, nodes = edges_of_data(data), int(data.num_nodes or 0)
         batch = edge_index.new_zeros(nodes)
         ties = tie_noise(torch.arange(nodes, device=batch.device), 1, self.seed)
         scores = [order(edge_index, batch, ties) for order in self.orders]
@@ -55,3 +63,57 @@ class AddNodeOrder(BaseTransform):
 
     def __repr__(self) -> str:
         return f"{self.__class__.__name__}({order_name(self.orders)})"
+
+
+class AddWalkTokens(BaseTransform):
+    """Store random walks from every node as `data.walk_index`, (L, M, m + 1, n) int64.
+
+    The name and the nodes at the end make PyG batch it correctly: hand it to a `GMNConv` of the
+    same sizes as `walk_index=batch.walk_index`. They are the walks that the layer draws itself in
+    evaluation, in training too: the same ones in every epoch, and no work for the device.
+
+    Args:
+        walk_length: Steps m of the longest walks.
+        num_walks: Walks M of a token.
+        num_repeats: Tokens s of one length; L = s m + 1.
+        seed: Seed of the walks.
+        share_prefix: Let the walks of one repeat be the beginnings of its longest ones.
+    """
+
+    def __init__(
+        self,
+        walk_length: int = 4,
+        num_walks: int = 4,
+        num_repeats: int = 2,
+        seed: int = 0,
+        share_prefix: bool = False,
+    ):
+        self.walk_length, self.num_walks, self.num_repeats = walk_length, num_walks, num_repeats
+        self.seed, self.share_prefix = seed, share_prefix
+
+    def forward(self, data: Data) -> Data:
+        """Add the attribute; `data` is a shallow copy made by PyG.
+
+        Raises:
+            ValueError: `data` has no edges in a form that PyG knows, or a size is out of range.
+        """
+        edges, nodes = edges_of_data(data), int(data.num_nodes or 0)
+        roots = torch.arange(nodes, device=edges.device)
+        walks = random_walks(
+            Neighbours(edges, nodes),
+            roots,
+            roots,
+            self.walk_length,
+            self.num_walks,
+            self.num_repeats,
+            seed=self.seed,
+            share_prefix=self.share_prefix,
+        )
+        data.walk_index = walks.permute(1, 2, 3, 0).contiguous()
+        return data
+
+    def __repr__(self) -> str:
+        return (
+            f"{self.__class__.__name__}(walk_length={self.walk_length}, "
+            f"num_walks={self.num_walks}, num_repeats={self.num_repeats})"
+        )
