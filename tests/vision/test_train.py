@@ -117,6 +117,8 @@ def test_train_writes_a_model_that_timm_opens(tmp_path, monkeypatch, sets):
     model = timm.create_model(f"local-dir:{folder / 'model'}", pretrained=True).eval()
     assert sum(p.numel() for p in model.parameters()) == results["parameters"]
     assert model.pretrained_cfg["input_size"] == (1, 8, 8)
+    # whoever opens it looks at the images as the validation did
+    assert model.pretrained_cfg["crop_pct"] == 1.0
     assert evaluate(model, sets.val, 24)["top1"] == pytest.approx(results["best"]["ema_top1"])
 
 

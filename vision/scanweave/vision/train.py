@@ -82,7 +82,7 @@ def _model_args(config: Config) -> dict[str, Any]:
 def build_model(config: Config, sets: ImageSets) -> nn.Module:
     """The timm model of these settings, with weights drawn from `config.train.seed`.
 
-    Its `pretrained_cfg` gets the size, mean and deviation of the images that it is trained on.
+    Its `pretrained_cfg` gets size, crop, mean and deviation of the images that it is trained on.
 
     Raises:
         ValueError: no model has this name, or `mean` and `std` do not fit the channels.
@@ -109,19 +109,21 @@ def build_model(config: Config, sets: ImageSets) -> nn.Module:
     embed = getattr(model, "patch_embed", None)
     if not config.img_size and getattr(embed, "img_size", None):
         size = embed.img_size  # type: ignore[union-attr]
-    moments = {}
+    shown: dict[str, Any] = {}
     for name in ("mean", "std"):
         values = getattr(config, name) or tuple(data[name])
         if sets.in_chans == 1 and len(values) == 3 and not getattr(config, name):
             values = (sum(values) / 3,)
         if len(values) != sets.in_chans:
             raise ValueError(f"{name} must have {sets.in_chans} values, got {values}")
-        moments[name] = values
+        shown[name] = values
+    if config.crop_pct:
+        shown["crop_pct"] = config.crop_pct
     # a copy: timm may share the dictionary
     model.pretrained_cfg = {  # type: ignore[assignment]
         **(getattr(model, "pretrained_cfg", None) or {}),
         "input_size": (sets.in_chans, *size),
-        **moments,
+        **shown,
     }
     return model
 
