@@ -1,11 +1,11 @@
-"""Fetch the test module that belongs to the installed timm, for `test_timm_suite.py`.
+"""Fetch the test modules that belong to the installed timm, for `test_timm_*.py`.
 
 timm's wheel has no tests; its source distribution of the same version has. Run once, with access
 to the package index:
 
     python tests/vision/fetch_timm_tests.py
 
-It goes to `suite_path()`, under the user's cache folder; nothing is written to the repository.
+They go beside `suite_path()`, under the user's cache folder; nothing is written to the repository.
 """
 
 import os
@@ -16,6 +16,9 @@ import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
+# timm's, by what they test: all models, how inputs and repositories are described, loading
+NAMES = ("test_models.py", "test_model_input.py", "test_checkpoint_loading.py")
+
 
 def suite_path() -> Path:
     """Where timm's `test_models.py` is looked for: $TIMM_TESTS, or the user's cache folder."""
@@ -25,34 +28,37 @@ def suite_path() -> Path:
     return cache / "scanweave" / f"timm-{version('timm')}" / "test_models.py"
 
 
-def fetch(target: Path) -> None:
-    """Download timm's source distribution with pip and keep its `tests/test_models.py`.
+def fetch(folder: Path) -> None:
+    """Download timm's source distribution with pip and keep the modules `NAMES` of its tests.
 
     Args:
-        target: File to write.
+        folder: Where to write them.
 
     Raises:
         subprocess.CalledProcessError: pip found no such distribution, or no index.
     """
     release = f"timm=={version('timm')}"
-    with tempfile.TemporaryDirectory() as folder:
+    sources = {}
+    with tempfile.TemporaryDirectory() as download:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-        subprocess.run([*command, "--no-binary", "timm", "--dest", folder, release], check=True)
-        (archive,) = Path(folder).glob("timm-*.tar.gz")
+        subprocess.run([*command, "--no-binary", "timm", "--dest", download, release], check=True)
+        (archive,) = Path(download).glob("timm-*.tar.gz")
         with tarfile.open(archive) as files:
-            (name,) = [n for n in files.getnames() if n.endswith("/tests/test_models.py")]
-            member = files.extractfile(name)
-            assert member is not None
-            source = member.read()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # a reader never sees half a file
-    part = target.with_suffix(".part")
-    part.write_bytes(source)
-    part.replace(target)
+            for name in NAMES:
+                (path,) = [n for n in files.getnames() if n.endswith(f"/tests/{name}")]
+                member = files.extractfile(path)
+                assert member is not None
+                sources[name] = member.read()
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, source in sources.items():
+        # a reader never sees half a file
+        part = folder / f"{name}.part"
+        part.write_bytes(source)
+        part.replace(folder / name)
 
 
 if __name__ == "__main__":
-    path = suite_path()
-    if not path.exists():
-        fetch(path)
-    sys.stdout.write(f"{path}\n")
+    folder = suite_path().parent
+    if not all((folder / name).exists() for name in NAMES):
+        fetch(folder)
+    sys.stdout.write(f"{suite_path()}\n")

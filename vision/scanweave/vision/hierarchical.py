@@ -105,6 +105,8 @@ class HierarchicalModel(nn.Module):
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.embed_dim = widths[0]
+        # timm saves a model with the pooling that it finds here
+        self.global_pool = global_pool
         self.num_features = self.head_hidden_size = widths[-1]
         self.output_fmt = "NCHW"
         self.stem_version, self.downsample_version = stem, downsample
@@ -212,7 +214,7 @@ class HierarchicalModel(nn.Module):
         pool = self.classifier.pool_type if global_pool is None else global_pool
         dd: dict[str, Any] = get_device_dtype(self)
         self.classifier.reset(self.num_features, num_classes, pool, **dd)
-        self.num_classes = num_classes
+        self.global_pool, self.num_classes = pool, num_classes
         self.head_hidden_size = self.classifier.features
 
     @torch.jit.unused
