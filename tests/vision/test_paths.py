@@ -64,19 +64,19 @@ def test_meta_default_device_makes_real_orders() -> None:
 @pytest.mark.parametrize(
     ("kind", "window"), [("cross", []), ("zigzag", []), ("hilbert", []), ("window", [2, 3])]
 )
-@pytest.mark.parametrize("position", ["", "middle", "first", "last"])
+@pytest.mark.parametrize("position", ["", "middle", "first", "last", "even"])
 def test_dynamic_orders_are_those_of_the_grid(kind: str, window: list[int], position: str) -> None:
     """The class token's place follows the number of patches; the operator holds for compilers."""
-    rows = {"": (), "middle": (5,), "first": (0,), "last": (10,)}[position]
+    rows = {"": (), "middle": (5,), "first": (0,), "last": (10,), "even": (3, 7)}[position]
     expected = token_orders((2, 5), kind, (2, 3) if window else None, rows)
     own = torch.zeros(1, dtype=torch.int64)
     assert expected is not None
-    got = dynamic_orders(own, 2, 5, kind, window, position)
+    got = dynamic_orders(own, 2, 5, kind, window, position, len(rows))
     assert torch.equal(got, expected)
     got.zero_()
-    assert torch.equal(dynamic_orders(own, 2, 5, kind, window, position), expected)
+    assert torch.equal(dynamic_orders(own, 2, 5, kind, window, position, len(rows)), expected)
     operator = torch.ops.scanweave.token_orders.default
-    torch.library.opcheck(operator, (own, 2, 5, kind, window, position))
+    torch.library.opcheck(operator, (own, 2, 5, kind, window, position, len(rows)))
 
 
 def test_place_patches_keeps_every_direction() -> None:

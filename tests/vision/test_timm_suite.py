@@ -28,7 +28,7 @@ if not SUITE.is_file():
 # modules with `forward_intermediates`, and models whose features are tokens, in timm's lists
 TOKEN_MODULES = ["vim", "ssm_vit", "hydra_vit"]
 TOKEN_MODELS = [f"{m}_*" for m in TOKEN_MODULES] + [f"test_{m}*" for m in TOKEN_MODULES]
-TOKEN_MODELS += ["local_vim_*"]
+TOKEN_MODELS += ["local_vim_*", "mambar_*", "test_mambar*"]
 MODULES = [*TOKEN_MODULES, "vmamba"]
 MODELS = [*TOKEN_MODELS, "vmamba_*", "vanilla_vmamba_*", "test_vmamba*"]
 
@@ -102,7 +102,7 @@ SMALL = {"embed_dim": 32, "depth": 3, "img_size": 64}
 SMALL_STAGES = {"dims": 8, "depths": (1, 1, 1)}
 
 
-@pytest.mark.parametrize("model", ["test_vim", "test_ssm_vit", "test_hydra_vit"])
+@pytest.mark.parametrize("model", ["test_vim", "test_mambar", "test_ssm_vit", "test_hydra_vit"])
 @pytest.mark.parametrize(
     ("name", "arguments"),
     [

@@ -4,8 +4,11 @@ Letters: B batch, L tokens, D channels, (h, w) grid of patches.
 
     PatchEmbed          convolution whose kernel and stride may differ; timm's attributes
     class_index         where the class token stands
+    class_rows          where one or several class tokens stand
     insert_token        puts one token into a sequence
+    insert_tokens       puts several there
     split_token         takes one token out of a sequence
+    split_tokens        takes several out
     pool_tokens         a sequence to one vector: the class token, or the patches' mean or maximum
     resample_pos_embed  a position table for another grid, the class token's row kept apart
 """
@@ -184,6 +187,45 @@ def class_index(num_patches: int, position: str) -> int:
     return num_patches
 
 
+def class_rows(num_patches: int, position: str, count: int) -> list[int]:
+    """Places of `count` class tokens among `num_patches` patches and themselves, ascending.
+
+    Several ("even") stand after every `num_patches // (count + 1)` patches.
+    """
+    if position == "even":
+        step = num_patches // (count + 1)
+        return [step * (i + 1) + i for i in range(count)]
+    if count == 0:
+        nowhere: list[int] = []
+        return nowhere
+    return [class_index(num_patches, position)]
+
+
+def insert_tokens(x: Tensor, tokens: Tensor, rows: list[int]) -> Tensor:
+    """Put `tokens` (1 or B, n, D) into `x` (B, L, D), at places `rows` of the result."""
+    pieces: list[Tensor] = []
+    start = 0
+    for i, row in enumerate(rows):
+        pieces.append(x[:, start : row - i])
+        pieces.append(tokens[:, i : i + 1].expand(x.shape[0], -1, -1))
+        start = row - i
+    pieces.append(x[:, start:])
+    return torch.cat(pieces, dim=1)
+
+
+def split_tokens(x: Tensor, rows: list[int]) -> tuple[Tensor, Tensor]:
+    """Tokens (B, n, D) at places `rows` of `x` (B, L, D), and the others (B, L - n, D)."""
+    tokens: list[Tensor] = []
+    rest: list[Tensor] = []
+    start = 0
+    for row in rows:
+        rest.append(x[:, start:row])
+        tokens.append(x[:, row : row + 1])
+        start = row + 1
+    rest.append(x[:, start:])
+    return torch.cat(tokens, dim=1), torch.cat(rest, dim=1)
+
+
 def insert_token(x: Tensor, token: Tensor, index: int) -> Tensor:
     """Put `token` (1 or B, 1, D) before place `index` of `x` (B, L, D)."""
     return torch.cat([x[:, :index], token.expand(x.shape[0], -1, -1), x[:, index:]], dim=1)
@@ -194,19 +236,20 @@ def split_token(x: Tensor, index: int) -> tuple[Tensor, Tensor]:
     return x[:, index : index + 1], torch.cat([x[:, :index], x[:, index + 1 :]], dim=1)
 
 
-def pool_tokens(x: Tensor, pool: str, class_position: str) -> Tensor:
-    """Reduce tokens (B, L, D) to (B, D).
+def pool_tokens(x: Tensor, pool: str, class_position: str, count: int = 1) -> Tensor:
+    """Reduce tokens (B, L, D) to (B, D); "token" with several class tokens to (B, count, D).
 
     Args:
         x: Tokens, the class token among them.
         pool: "token" for the class token, "avg", "max" or "avgmax" for the others, "" for `x`.
-        class_position: Where the class token stands; "" without one.
+        class_position: Where class tokens stand; "" without any.
+        count: Class tokens.
     """
     if pool == "" or class_position == "":
         return global_pool_nlc(x, pool, num_prefix_tokens=0)
-    token, patches = split_token(x, class_index(x.shape[1] - 1, class_position))
+    tokens, patches = split_tokens(x, class_rows(x.shape[1] - count, class_position, count))
     if pool == "token":
-        return token[:, 0]
+        return tokens if count > 1 else tokens[:, 0]
     return global_pool_nlc(patches, pool, num_prefix_tokens=0)
 
 

@@ -18,7 +18,7 @@ from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
 from .block import MixerBlock, RmsNorm, at_least_float32, is_scripting
-from .embed import ClassPosition, PatchEmbed, class_index, insert_token, resample_pos_embed
+from .embed import ClassPosition, PatchEmbed, class_rows, insert_tokens, resample_pos_embed
 from .local import LocalMamba
 from .paths import dynamic_orders, token_orders
 from .tokens import TokenModel
@@ -62,6 +62,10 @@ class IsotropicModel(TokenModel):
         mlp_ratio: Hidden channels of an MLP after every mixer, in units of D; 0 for no MLP.
         class_token: Use a class token.
         class_token_pos: Where it stands: "middle", "first" or "last".
+        registers: Class tokens, evenly among the patches, if more than one (Mamba-Reg). They have
+            positions of their own; the pool "token" joins them all, or averages them in a
+            model made without classes.
+        register_reduce: What every register's channels are divided by before they are joined.
         pos_embed: "learn", or "none" for no position table.
         official_pos_resize: Resize positions as Vim's code does, which takes the first patch's
             position for the class token's; see `resample_pos_embed`.
@@ -103,6 +107,8 @@ class IsotropicModel(TokenModel):
         mlp_ratio: float = 0.0,
         class_token: bool = True,
         class_token_pos: ClassPosition = "middle",
+        registers: int = 0,
+        register_reduce: int = 1,
         pos_embed: Literal["learn", "none"] = "learn",
         official_pos_resize: bool = False,
         dynamic_img_size: bool = False,
@@ -128,12 +134,26 @@ class IsotropicModel(TokenModel):
             raise ValueError(f"depth must be at least 1, got {depth}")
         if mlp_ratio < 0:
             raise ValueError(f"mlp_ratio must be at least 0, got {mlp_ratio}")
+        if registers < 0 or registers == 1 or (registers and not class_token):
+            raise ValueError(
+                "registers must be 0, or at least 2 with class_token=True, "
+                f"got {registers} with class_token={class_token}"
+            )
+        if register_reduce < 1 or embed_dim % register_reduce:
+            raise ValueError(
+                f"register_reduce must divide embed_dim {embed_dim}, got {register_reduce}"
+            )
         self.num_classes = num_classes
         self.in_chans = in_chans
-        self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
-        # timm's name; the one token stands where class_position says, not before the patches
-        self.num_prefix_tokens = 1 if class_token else 0
-        self.class_position = class_token_pos if class_token else ""
+        self.num_features = self.embed_dim = embed_dim
+        # timm's name; these tokens stand where class_position says, not before the patches
+        self.num_prefix_tokens = registers or (1 if class_token else 0)
+        self.class_position: str = class_token_pos if class_token else ""
+        # the table of positions has rows for class tokens, except for registers
+        self.table_position = self.class_position
+        if registers:
+            self.class_position, self.table_position = "even", ""
+        self.register_reduce, self.norm_eps = register_reduce, norm_eps
         self.global_pool = self._checked_pool(global_pool)
         self.official_pos_resize = official_pos_resize
         self.dynamic_img_size = dynamic_img_size
@@ -151,8 +171,16 @@ class IsotropicModel(TokenModel):
             dynamic_img_pad=dynamic_img_pad,
             **dd,
         )
-        rows = self.patch_embed.num_patches + self.num_prefix_tokens
-        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim, **dd)) if class_token else None
+        rows = self.patch_embed.num_patches + (1 if self.table_position else 0)
+        count = self.num_prefix_tokens
+        self.cls_token = (
+            nn.Parameter(torch.empty(1, count, embed_dim, **dd)) if class_token else None
+        )
+        self.pos_embed_cls = (
+            nn.Parameter(torch.empty(1, count, embed_dim, **dd))
+            if registers and pos_embed == "learn"
+            else None
+        )
         self.pos_embed = (
             nn.Parameter(torch.empty(1, rows, embed_dim, **dd)) if pos_embed == "learn" else None
         )
@@ -184,11 +212,13 @@ class IsotropicModel(TokenModel):
             for i in range(depth)
         ]
         self.head_drop = nn.Dropout(drop_rate)
-        self.head = nn.Linear(embed_dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
+        self._make_neck(num_classes > 0, **dd)
+        width = self.head_hidden_size
+        self.head = nn.Linear(width, num_classes, **dd) if num_classes > 0 else nn.Identity()
 
         # the marks on the parameters are lost by copies and `to_empty`, their names are not
         marked = (n for n, p in self.named_parameters() if getattr(p, "_no_weight_decay", False))
-        self._no_decay = frozenset(marked) | {"pos_embed", "cls_token"}
+        self._no_decay = frozenset(marked) | {"pos_embed", "cls_token", "pos_embed_cls"}
         self.init_weights(needs_reset=False)
 
     @torch.jit.unused
@@ -204,7 +234,7 @@ class IsotropicModel(TokenModel):
         lecun_normal_(self.patch_embed.proj.weight)
         if self.patch_embed.proj.bias is not None:
             nn.init.zeros_(self.patch_embed.proj.bias)
-        for table in (self.pos_embed, self.cls_token):
+        for table in (self.pos_embed, self.cls_token, self.pos_embed_cls):
             if table is not None:
                 trunc_normal_(table, std=0.02)
         if self.orders is not None:
@@ -215,6 +245,10 @@ class IsotropicModel(TokenModel):
             layer.init_weights(len(self.layers), self.official_init, needs_reset)
         if isinstance(self.norm_f, RmsNorm):
             self.norm_f.reset_parameters()
+        if isinstance(self.neck, nn.Linear):
+            trunc_normal_(self.neck.weight, std=0.02)
+        if isinstance(self.norm_neck, RmsNorm):
+            self.norm_neck.reset_parameters()
         if isinstance(self.head, nn.Linear):
             trunc_normal_(self.head.weight, std=0.02)
             nn.init.zeros_(self.head.bias)
@@ -242,7 +276,7 @@ class IsotropicModel(TokenModel):
                     self.pos_embed,
                     list(embed.grid_size),
                     list(old_grid),
-                    self.class_position,
+                    self.table_position,
                     official=self.official_pos_resize,
                 )
             self.pos_embed = nn.Parameter(table, requires_grad=self.pos_embed.requires_grad)
@@ -263,9 +297,8 @@ class IsotropicModel(TokenModel):
 
     @torch.jit.unused
     def _class_rows(self) -> tuple[int, ...]:
-        if not self.class_position:
-            return ()
-        return (class_index(self.patch_embed.num_patches, self.class_position),)
+        patches = self.patch_embed.num_patches
+        return tuple(class_rows(patches, self.class_position, self.num_prefix_tokens))
 
     @torch.jit.unused
     def _new_orders(self, device: torch.device | str | None) -> Tensor | None:
@@ -286,27 +319,40 @@ class IsotropicModel(TokenModel):
         orders = self.orders
         if orders is not None and self.dynamic_img_size and not is_scripting():
             return dynamic_orders(
-                orders, height, width, self.path, self._window(), self.class_position
+                orders,
+                height,
+                width,
+                self.path,
+                self._window(),
+                self.class_position,
+                self.num_prefix_tokens,
             )
         return orders
 
     def _embed(self, x: Tensor) -> Tensor:
-        """Patches, class token and positions: the residual stream (B, L, D) before layer 0."""
-        grid = self.patch_embed.dynamic_feat_size((x.shape[2], x.shape[3]))
+        """Patches, class tokens and positions: the residual stream (B, L, D) before layer 0."""
+        table = self.pos_embed
+        if table is not None and self.dynamic_img_size:
+            grid = self.patch_embed.dynamic_feat_size((x.shape[2], x.shape[3]))
+            own = self.patch_embed.grid_size
+            table = resample_pos_embed(
+                table,
+                [grid[0], grid[1]],
+                [own[0], own[1]],
+                self.table_position,
+                official=self.official_pos_resize,
+            )
         x = self.patch_embed(x)
+        if table is not None and self.table_position == "":
+            x = x + table
         if self.cls_token is not None:
-            x = insert_token(x, self.cls_token, class_index(x.shape[1], self.class_position))
-        if self.pos_embed is not None:
-            if self.dynamic_img_size:
-                x = x + resample_pos_embed(
-                    self.pos_embed,
-                    [grid[0], grid[1]],
-                    [self.patch_embed.grid_size[0], self.patch_embed.grid_size[1]],
-                    self.class_position,
-                    official=self.official_pos_resize,
-                )
-            else:
-                x = x + self.pos_embed
+            tokens = self.cls_token
+            if self.pos_embed_cls is not None:
+                tokens = tokens + self.pos_embed_cls
+            count = self.num_prefix_tokens
+            x = insert_tokens(x, tokens, class_rows(x.shape[1], self.class_position, count))
+        if table is not None and self.table_position != "":
+            x = x + table
         if self.residual_in_fp32:
             x = at_least_float32(x)
         return self.pos_drop(x)

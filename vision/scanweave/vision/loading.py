@@ -39,12 +39,12 @@ def fit_state_dict(
     table = out.get("pos_embed")
     own = model.pos_embed
     if own is not None and table is not None and table.shape[1] != own.shape[1]:
-        grid = _stored_grid(table.shape[1] - model.num_prefix_tokens, model)
+        grid = _stored_grid(table.shape[1] - (1 if model.table_position else 0), model)
         out["pos_embed"] = resample_pos_embed(
             table,
             list(model.patch_embed.grid_size),
             list(grid),
-            model.class_position,
+            model.table_position,
             official=model.official_pos_resize,
         )
     return out

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from scanweave.core import grid_paths
 
-from .embed import class_index
+from .embed import class_rows
 
 
 def place_patches(path: Tensor, rows: Sequence[int]) -> Tensor:
@@ -79,9 +79,15 @@ def token_orders(
 # sizes may stay symbolic
 @torch.library.custom_op("scanweave::token_orders", mutates_args=())
 def _orders_op(
-    like: Tensor, height: int, width: int, kind: str, window: list[int], class_position: str
+    like: Tensor,
+    height: int,
+    width: int,
+    kind: str,
+    window: list[int],
+    class_position: str,
+    count: int,
 ) -> Tensor:
-    rows = (class_index(height * width, class_position),) if class_position else ()
+    rows = tuple(class_rows(height * width, class_position, count))
     orders = token_orders((height, width), kind, (window[0], window[1]) if window else None, rows)
     assert orders is not None
     # a copy, as results of operators may be written to and these are cached
@@ -90,10 +96,16 @@ def _orders_op(
 
 @_orders_op.register_fake
 def _(
-    like: Tensor, height: int, width: int, kind: str, window: list[int], class_position: str
+    like: Tensor,
+    height: int,
+    width: int,
+    kind: str,
+    window: list[int],
+    class_position: str,
+    count: int,
 ) -> Tensor:
     directions = grid_paths(1, 1, kind, window=1 if window else None).shape[0]
-    return like.new_empty(2, directions, height * width + (1 if class_position else 0))
+    return like.new_empty(2, directions, height * width + count)
 
 
 # a leaf for torch.fx: sizes are known only when it runs
@@ -106,6 +118,7 @@ def dynamic_orders(
     kind: str,
     window: list[int],
     class_position: str,
+    count: int,
 ) -> Tensor:
     """Orders as `token_orders` makes them, for another grid.
 
@@ -115,9 +128,10 @@ def dynamic_orders(
         width: Columns of patches.
         kind: A kind of `grid_paths` but "raster".
         window: Rows and columns of the window of kind "window", otherwise nothing.
-        class_position: Where the class token stands ("middle", "first", "last"); "" without one.
+        class_position: Where class tokens stand, see `class_rows`.
+        count: Class tokens.
 
     Returns:
         (2, K, L) int64.
     """
-    return _orders_op(orders, height, width, kind, window, class_position)
+    return _orders_op(orders, height, width, kind, window, class_position, count)

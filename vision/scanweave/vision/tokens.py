@@ -15,8 +15,8 @@ from timm.models import checkpoint
 from timm.models._features import feature_take_indices
 from torch import Tensor, _assert, nn
 
-from .block import is_scripting
-from .embed import PatchEmbed, class_index, pool_tokens, split_token
+from .block import RmsNorm, is_scripting
+from .embed import PatchEmbed, class_rows, pool_tokens, split_tokens
 
 _POOLS = ("", "token", "avg", "max", "avgmax")
 
@@ -36,6 +36,13 @@ class TokenModel(nn.Module):
         norm_f: nn.Module
         head_drop: nn.Dropout
         head: nn.Module
+        has_neck: bool
+        neck: nn.Module
+        norm_neck: nn.Module
+        num_prefix_tokens: int
+        head_hidden_size: int
+        register_reduce: int
+        norm_eps: float
         num_classes: int
         embed_dim: int
         global_pool: str
@@ -55,6 +62,27 @@ class TokenModel(nn.Module):
         if global_pool == "token" and not self.class_position:
             raise ValueError("global_pool must be 'avg', 'max', 'avgmax' or '' without class_token")
         return global_pool
+
+    @torch.jit.unused
+    def _make_neck(
+        self,
+        joins: bool,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """What makes one vector of several class tokens; without `joins` it is their mean."""
+        self.has_neck = joins and self.num_prefix_tokens > 1 and self.global_pool == "token"
+        self.neck, self.norm_neck = nn.Identity(), nn.Identity()
+        self.head_hidden_size = self.embed_dim
+        if self.has_neck:
+            dd: dict[str, Any] = {"device": device, "dtype": dtype}
+            width = self.embed_dim // self.register_reduce
+            self.head_hidden_size = width * self.num_prefix_tokens
+            if self.register_reduce > 1:
+                self.neck = nn.Linear(self.embed_dim, width, bias=False, **dd)
+                self.norm_neck = RmsNorm(self.head_hidden_size, eps=self.norm_eps, **dd)
+        self.neck.train(self.training)
+        self.norm_neck.train(self.training)
 
     @torch.jit.unused
     def no_weight_decay(self) -> set[str]:
@@ -91,7 +119,12 @@ class TokenModel(nn.Module):
             self.global_pool = self._checked_pool(global_pool)
         self.num_classes = num_classes
         dd: dict[str, Any] = get_device_dtype(self)
-        self.head = nn.Linear(self.embed_dim, num_classes, **dd) if num_classes else nn.Identity()
+        # a neck outlives the classifier, what comes before it keeps its width
+        joins = self.global_pool == "token" and (num_classes > 0 or self.has_neck)
+        if self.num_prefix_tokens > 1 and joins != self.has_neck:
+            self._make_neck(joins, **dd)
+        width = self.head_hidden_size
+        self.head = nn.Linear(width, num_classes, **dd) if num_classes else nn.Identity()
         self.head.train(self.training)
 
     def forward_intermediates(
@@ -109,7 +142,7 @@ class TokenModel(nn.Module):
         Args:
             x: Image, (B, C, H, W).
             indices: Last n layers, listed layers, or all.
-            return_prefix_tokens: Pair every intermediate with its class token (B, 1, D).
+            return_prefix_tokens: Pair every intermediate with its class tokens (B, n, D).
             norm: Apply the final norm to intermediates.
             stop_early: Run no layer after the last one asked for.
             output_fmt: "NCHW" for (B, D, h, w), "NLC" for (B, h * w, D).
@@ -133,8 +166,9 @@ class TokenModel(nn.Module):
 
         prefix: list[Tensor] = []
         if self.cls_token is not None:
-            row = class_index(x.shape[1] - 1, self.class_position)
-            pairs = [split_token(y, row) for y in streams]
+            count = self.num_prefix_tokens
+            rows = class_rows(x.shape[1] - count, self.class_position, count)
+            pairs = [split_tokens(y, rows) for y in streams]
             prefix = [pair[0] for pair in pairs]
             streams = [pair[1] for pair in pairs]
         if output_fmt == "NCHW":
@@ -207,9 +241,12 @@ class TokenModel(nn.Module):
         return self._normed(self._run(self._embed(x), grid[0], grid[1], nothing, -1)[0])
 
     def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
-        """Features (B, L, D) to (B, D), or as they are for ""."""
+        """Features (B, L, D) to (B, D), or as they are for ""; registers to (B, n D / r)."""
         kind = self.global_pool if pool_type is None else pool_type
-        return pool_tokens(x, kind, self.class_position)
+        x = pool_tokens(x, kind, self.class_position, self.num_prefix_tokens)
+        if kind == "token" and self.num_prefix_tokens > 1:
+            x = self.norm_neck(self.neck(x).flatten(1)) if self.has_neck else x.mean(1)
+        return x
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pool, drop, classify; `pre_logits` leaves the classifier out."""

@@ -11,7 +11,7 @@ the official code is numbered, with permalinks, in `vision/README.md`.
 
     Vim                    the model
     checkpoint_filter_fn   what timm applies to a state dict before it loads it
-    vim_*, local_vim_*     entry points, registered with timm
+    vim_*, local_vim_*, mambar_*     entry points, registered with timm
 """
 
 from typing import Any
@@ -114,6 +114,16 @@ default_cfgs = generate_default_cfgs(
         "vim_base_patch16_384.untrained": _cfg(input_size=(3, 384, 384), crop_pct=1.0),
         "local_vim_tiny_patch16_224.untrained": _local_cfg(),
         "local_vim_small_patch16_224.untrained": _local_cfg(),
+        **{
+            f"mambar_{size}_patch16_224.untrained": _cfg(
+                crop_pct=1.0,
+                paper_ids="arXiv:2405.14858",
+                paper_name="Mamba-R: Vision Mamba ALSO Needs Registers",
+                origin_url="https://github.com/wangf3014/Mamba-Reg",
+            )
+            for size in ("tiny", "small", "base", "large")
+        },
+        "test_mambar.untrained": _cfg(input_size=(3, 160, 160), crop_pct=1.0),
         "test_vim.untrained": _cfg(input_size=(3, 160, 160), crop_pct=0.95),
     }
 )
@@ -187,6 +197,45 @@ def local_vim_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> Vim:
     """LocalVim-S with a class token in the middle: four local scans a layer."""
     args: dict[str, Any] = {"embed_dim": 384, "depth": 20, "directions": _LOCAL_DIRECTIONS}
     return _create_vim("local_vim_small_patch16_224", pretrained, **{**args, **kwargs})
+
+
+@register_model
+def mambar_tiny_patch16_224(pretrained: bool = False, **kwargs: Any) -> Vim:
+    """Mamba-Reg tiny: 12 registers among the patches, joined for the classifier."""
+    args: dict[str, Any] = {"embed_dim": 192, "depth": 24, "registers": 12}
+    args["register_reduce"] = 1
+    return _create_vim("mambar_tiny_patch16_224", pretrained, **{**args, **kwargs})
+
+
+@register_model
+def mambar_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> Vim:
+    """Mamba-Reg small: 12 registers among the patches, joined for the classifier."""
+    args: dict[str, Any] = {"embed_dim": 384, "depth": 24, "registers": 12}
+    args["register_reduce"] = 2
+    return _create_vim("mambar_small_patch16_224", pretrained, **{**args, **kwargs})
+
+
+@register_model
+def mambar_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> Vim:
+    """Mamba-Reg base: 12 registers among the patches, joined for the classifier."""
+    args: dict[str, Any] = {"embed_dim": 768, "depth": 24, "registers": 12}
+    args["register_reduce"] = 4
+    return _create_vim("mambar_base_patch16_224", pretrained, **{**args, **kwargs})
+
+
+@register_model
+def mambar_large_patch16_224(pretrained: bool = False, **kwargs: Any) -> Vim:
+    """Mamba-Reg large: 16 registers among the patches, joined for the classifier."""
+    args: dict[str, Any] = {"embed_dim": 1024, "depth": 48, "registers": 16}
+    args["register_reduce"] = 8
+    return _create_vim("mambar_large_patch16_224", pretrained, **{**args, **kwargs})
+
+
+@register_model
+def test_mambar(pretrained: bool = False, **kwargs: Any) -> Vim:  # noqa: PT028
+    """A small Vim with registers for tests."""
+    args: dict[str, Any] = {"embed_dim": 64, "depth": 4, "registers": 3, "register_reduce": 2}
+    return _create_vim("test_mambar", pretrained, **{**args, **kwargs})
 
 
 @register_model
