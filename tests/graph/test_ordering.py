@@ -6,7 +6,8 @@ import torch
 from torch_geometric.utils import to_undirected
 
 from scanweave.graph import ordering
-from scanweave.graph.ordering import ORDERS, lexsort, order_name, rank_of, resolve_order, tie_noise
+from scanweave.graph.ordering import lexsort, rank_of, tie_noise
+from scanweave.graph.orders import ORDERS, order_name, resolve_order
 
 PATH = torch.tensor([[0, 1, 2, 3], [1, 2, 3, 4]])
 

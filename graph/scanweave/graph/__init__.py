@@ -4,7 +4,7 @@
     GraphMamba       a stack of them, in the style of PyG's `BasicGNN`
     GMNConv          Graph Mamba Networks: subgraph tokens of every node, then nodes
     GraphMambaNet    the whole of that network
-    degree_order, …  node orders: plain functions (see `ordering.py`)
+    degree_order, …  node orders: plain functions (see `orders.py`)
     AddNodeOrder     transform: compute an order once per graph
     AddWalkTokens    transform: draw the walks of subgraph tokens once per graph
     digit_graphs     handwritten digits as pixel graphs; needs no download
@@ -25,15 +25,16 @@ except ImportError as error:
         "scanweave.graph needs torch-geometric: pip install 'scanweave[graph]'"
     ) from error
 
+from .centrality import eigenvector_order, kcore_order, ppr_order
 from .conv import GraphMambaConv
 from .datasets import GraphSplits, load_splits
 from .digits import digit_graphs
 from .gmn import GMNConv
+from .hilbert import hilbert_scores
 from .local import ENCODERS, GINEncoder, MeanEncoder, RWFEncoder
 from .model import GraphMamba, gcn_conv, gin_conv
 from .net import GraphMambaNet
 from .ordering import (
-    ORDERS,
     Order,
     bfs_order,
     degree_order,
@@ -42,6 +43,8 @@ from .ordering import (
     random_order,
     rcm_order,
 )
+from .orders import ORDERS
+from .spectral import fiedler_order
 from .transforms import AddNodeOrder, AddWalkTokens
 
 __all__ = [
@@ -61,11 +64,16 @@ __all__ = [
     "bfs_order",
     "degree_order",
     "digit_graphs",
+    "eigenvector_order",
+    "fiedler_order",
     "gcn_conv",
     "gin_conv",
+    "hilbert_scores",
     "index_order",
+    "kcore_order",
     "load_splits",
     "pagerank_order",
+    "ppr_order",
     "random_order",
     "rcm_order",
 ]

@@ -16,7 +16,8 @@ from torch_geometric.typing import Adj, OptTensor
 from scanweave.core import Mixer
 
 from .mixing import NodeMixing, Ties, check_devices, check_edges, number_of_graphs
-from .ordering import Order, order_name
+from .ordering import Order
+from .orders import order_name
 from .packing import edges_of
 
 

@@ -28,7 +28,8 @@ from .mixing import (
     make_partner,
     number_of_graphs,
 )
-from .ordering import Order, order_name
+from .ordering import Order
+from .orders import order_name
 from .packing import count_nodes, edges_of, positions_in_graph
 from .walks import Neighbours, random_walks
 

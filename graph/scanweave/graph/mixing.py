@@ -18,7 +18,8 @@ from torch_geometric.typing import OptTensor
 
 from scanweave.core import Mixer, create_mixer
 
-from .ordering import Order, order_name, resolve_order, tie_noise
+from .ordering import Order, tie_noise
+from .orders import order_name, resolve_order
 from .packing import (
     Sequences,
     count_nodes,

@@ -14,12 +14,11 @@ compared, and must not depend on which other graphs are in the batch.
     index_order      as stored
     random_order     ties alone decide
     tie_noise        whole numbers that make ties random and yet reproducible
-    resolve_order    name or function(s) -> functions
 
 Letters: n nodes, E directed edges, K permutations.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -148,45 +147,6 @@ def random_order(edge_index: Tensor, batch: Tensor, ties: Tensor | None = None) 
         Scores, (n,) int64.
     """
     return batch.new_zeros(batch.numel())
-
-
-ORDERS: dict[str, Order] = {
-    "bfs": bfs_order,
-    "degree": degree_order,
-    "index": index_order,
-    "pagerank": pagerank_order,
-    "random": random_order,
-    "rcm": rcm_order,
-}
-
-
-def resolve_order(order: str | Order | Sequence[str | Order]) -> tuple[Order, ...]:
-    """Turn names into functions; several orders are compared one after another.
-
-    Args:
-        order: A name in `ORDERS`, a function, or a sequence of those, the first decides first.
-
-    Raises:
-        ValueError: no order has this name, or the sequence is empty.
-    """
-    if isinstance(order, str):
-        if order not in ORDERS:
-            raise ValueError(
-                f"order must be a function or one of {', '.join(ORDERS)}, got {order!r}"
-            )
-        return (ORDERS[order],)
-    if callable(order):
-        return (order,)
-    functions = tuple(function for item in order for function in resolve_order(item))
-    if not functions:
-        raise ValueError("order must hold at least one name or function, got an empty sequence")
-    return functions
-
-
-def order_name(orders: Sequence[Order]) -> str:
-    """Short name for `repr`: `degree`, `degree+bfs`, or the class of a callable object."""
-    names = (getattr(order, "__name__", type(order).__name__) for order in orders)
-    return "+".join(name.removesuffix("_order") for name in names)
 
 
 def tie_noise(position: Tensor, num_perms: int, seed: int | Tensor) -> Tensor:

@@ -11,7 +11,9 @@ from torch import Tensor
 from torch_geometric.data import Data
 from torch_geometric.transforms import BaseTransform
 
-from .ordering import Order, order_name, resolve_order, tie_noise
+from .hilbert import hilbert_scores
+from .ordering import Order, tie_noise
+from .orders import order_name, resolve_order
 from .packing import edges_of, pack_nodes
 from .walks import Neighbours, random_walks
 
@@ -33,6 +35,8 @@ class AddNodeOrder(BaseTransform):
 
     Args:
         order: A name in `ORDERS`, a function, or several of those (the first decides first).
+            Here also `"hilbert"`, along a Hilbert curve through `data.pos`, and `"data.x"`, the
+            numbers (n,) in the attribute `x` of the graph, for any attribute.
         seed: Seed of the numbers that decide between nodes of equal score.
         attr_name: Name of the attribute.
     """
@@ -43,7 +47,16 @@ class AddNodeOrder(BaseTransform):
         seed: int = 0,
         attr_name: str = "node_order",
     ):
-        self.orders = resolve_order(order)
+        items = [order] if isinstance(order, str) or callable(order) else order
+        # names that need more of the graph than its edges stay names
+        self.orders = [
+            item
+            if isinstance(item, str) and (item == "hilbert" or item.startswith("data."))
+            else resolve_order(item)[0]
+            for item in items
+        ]
+        if not self.orders:
+            raise ValueError("order must hold at least one name or function, got an empty sequence")
         self.seed = seed
         self.attr_name = attr_name
 
@@ -51,18 +64,36 @@ class AddNodeOrder(BaseTransform):
         """Add the attribute; `data` is a shallow copy made by PyG.
 
         Raises:
-            ValueError: `data` has no edges in a form that PyG knows.
+            ValueError: `data` has no edges in a form that PyG knows, or lacks what an order needs.
         """
         edge_index, nodes = edges_of_data(data), int(data.num_nodes or 0)
         batch = edge_index.new_zeros(nodes)
         ties = tie_noise(torch.arange(nodes, device=batch.device), 1, self.seed)
-        scores = [order(edge_index, batch, ties) for order in self.orders]
+        scores = [
+            _stored(data, order, nodes)
+            if isinstance(order, str)
+            else order(edge_index, batch, ties)
+            for order in self.orders
+        ]
         sequences = pack_nodes(scores, ties, batch, batch.new_full((1,), nodes))
         data[self.attr_name] = sequences.places[0]
         return data
 
     def __repr__(self) -> str:
-        return f"{self.__class__.__name__}({order_name(self.orders)})"
+        names = (order if isinstance(order, str) else order_name([order]) for order in self.orders)
+        return f"{self.__class__.__name__}({'+'.join(names)})"
+
+
+def _stored(data: Data, order: str, nodes: int) -> Tensor:
+    """Scores (n,) from what the graph itself holds."""
+    name = "pos" if order == "hilbert" else order.removeprefix("data.")
+    value = data.get(name)
+    if value is None:
+        raise ValueError(f"data must hold {name} for the order {order!r}, got none")
+    score = hilbert_scores(value) if order == "hilbert" else value
+    if score.shape != (nodes,):
+        raise ValueError(f"{order} must give one score per node: got {tuple(score.shape)}")
+    return score
 
 
 class AddWalkTokens(BaseTransform):
