@@ -7,6 +7,7 @@
     degree_order, …  node orders: plain functions (see `orders.py`)
     AddNodeOrder     transform: compute an order once per graph
     AddWalkTokens    transform: draw the walks of subgraph tokens once per graph
+    AddLapPE, …      transforms: Laplacian eigenvectors, return probabilities of walks
     digit_graphs     handwritten digits as pixel graphs; needs no download
 
 `python -m scanweave.graph.train` trains a graph classifier.
@@ -29,6 +30,7 @@ from .centrality import eigenvector_order, kcore_order, ppr_order
 from .conv import GraphMambaConv
 from .datasets import GraphSplits, load_splits
 from .digits import digit_graphs
+from .encodings import AddLapPE, AddRWSE
 from .gmn import GMNConv
 from .hilbert import hilbert_scores
 from .local import ENCODERS, GINEncoder, MeanEncoder, RWFEncoder
@@ -50,7 +52,9 @@ from .transforms import AddNodeOrder, AddWalkTokens
 __all__ = [
     "ENCODERS",
     "ORDERS",
+    "AddLapPE",
     "AddNodeOrder",
+    "AddRWSE",
     "AddWalkTokens",
     "GINEncoder",
     "GMNConv",
