@@ -6,8 +6,10 @@ import itertools
 import pytest
 import torch
 from torch import nn
+from torch_geometric import EdgeIndex
 from torch_geometric.data import Batch, Data
-from torch_geometric.nn import GINEConv, SAGEConv
+from torch_geometric.nn import GCNConv, GINEConv, SAGEConv
+from torch_geometric.utils import to_torch_csc_tensor
 
 from scanweave.graph import AddWalkTokens, GMNConv, MeanEncoder
 from scanweave.graph.ordering import tie_noise
@@ -126,6 +128,18 @@ def test_edges_in_another_order_change_nothing(random_graphs):
         conv = layer(encoder)
         mixed = edges[:, torch.randperm(edges.size(1))]
         torch.testing.assert_close(conv(x, mixed, batch), conv(x, edges, batch))
+
+
+@pytest.mark.filterwarnings("ignore:Sparse:UserWarning")
+def test_adjacency_may_be_a_sparse_matrix(random_graphs):
+    x, edges, batch = random_graphs([8, 6])
+    edges = edges.unique(dim=1).contiguous()
+    adjacency = to_torch_csc_tensor(edges, size=(14, 14)).to(torch.float64)
+    for encoder in ENCODERS:
+        conv = layer(encoder, conv=GCNConv(16, 12, normalize=False, add_self_loops=False))
+        expected = conv(x, edges, batch)
+        torch.testing.assert_close(conv(x, adjacency.t(), batch), expected, atol=1e-6, rtol=0)
+        torch.testing.assert_close(conv(x, EdgeIndex(edges, sparse_size=(14, 14)), batch), expected)
 
 
 def test_evaluation_repeats_and_training_draws_new_walks(random_graphs):
@@ -290,8 +304,9 @@ def test_constructor_refuses(kwargs, message):
         ({"node_order": torch.zeros(3)}, "node_order must give one score per node"),
         (
             {"walk_index": torch.zeros(9, 4, 4, 4).long()},
-            r"walk_index must be \(9, 4, 5, 4\), got \(9, 4, 4, 4\)",
+            r"walk_index must be \(9, 4, 5, 4\) int64, got \(9, 4, 4, 4\)",
         ),
+        ({"walk_index": torch.zeros(9, 4, 5, 4)}, "walk_index must be .* got .* torch.float32"),
         ({"walk_index": torch.zeros(1, device="meta")}, "walk_index must be on cpu like x"),
         ({"edge_attr": torch.ones(1, 2), "conv": None}, "conv must be a layer to take edge_attr"),
         ({"conv": SAGEConv(8, 6)}, r"conv must return \(4, 8\), got \(4, 6\)"),

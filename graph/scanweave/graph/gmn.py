@@ -274,8 +274,9 @@ class GMNConv(NodeMixing):
         if self.training and self.resample and walk_index is None:
             seed = torch.randint(2**32, (), device=x.device)
         expected = (self.tokens_per_node, self.num_walks, self.walk_length + 1, nodes)
-        if walk_index is not None and walk_index.shape != expected:
-            raise ValueError(f"walk_index must be {expected}, got {tuple(walk_index.shape)}")
+        given = None if walk_index is None else (tuple(walk_index.shape), walk_index.dtype)
+        if given not in (None, (expected, torch.int64)):
+            raise ValueError(f"walk_index must be {expected} int64, got {given[0]} {given[1]}")
 
         def encode(features: Tensor, part: Tensor) -> Tensor:
             assert self.encoder is not None
