@@ -1,5 +1,6 @@
 """What every kernel launcher needs, and the device functions that kernels share."""
 
+import functools
 import math
 from contextlib import AbstractContextManager, nullcontext
 
@@ -26,6 +27,14 @@ def ceil_div(a: int, b: int) -> int:
 def power_of_2(n: int) -> int:
     """The smallest power of 2 that is at least n and 1."""
     return 1 << max(n - 1, 0).bit_length()
+
+
+@functools.lru_cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of the GPU; under the interpreter as on an H100."""
+    if device.type != "cuda":
+        return 132
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def on_device(x: Tensor) -> AbstractContextManager[object]:

@@ -17,7 +17,6 @@ Letters: S sequences, M chunks of Q tokens, H heads, G groups, K keys, V values.
 # Triton's own language: constant branches, launch options
 # pyright: reportPossiblyUnboundVariable=false, reportCallIssue=false, reportArgumentType=false
 
-import functools
 import os
 from typing import Any, NamedTuple
 
@@ -344,11 +343,3 @@ def plan_of(q: Tensor, v: Tensor, precision: Precision, most_k: int, most_v: int
     block_k = max(least, min(most_k, power_of_2(keys)))
     block_v = max(least, min(most_v, power_of_2(width)))
     return Plan(block_k, block_v, ceil_div(keys, block_k), ceil_div(width, block_v))
-
-
-@functools.lru_cache
-def processors(device: torch.device) -> int:
-    """Multiprocessors of the GPU; under the interpreter as on an H100."""
-    if device.type != "cuda":
-        return 132
-    return torch.cuda.get_device_properties(device).multi_processor_count

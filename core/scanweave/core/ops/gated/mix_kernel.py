@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import on_device
+from ..launch import on_device, processors
 from .kernels import (
     Direction,
     Frame,
@@ -26,7 +26,6 @@ from .kernels import (
     chunk_of,
     dot,
     plan_of,
-    processors,
     strides,
 )
 from .tiles import chunk_from_others, chunk_from_state, chunk_weights, pair_products

@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import on_device
+from ..launch import on_device, processors
 from .kernels import (
     Direction,
     Frame,
@@ -39,7 +39,6 @@ from .kernels import (
     load_sums,
     load_total,
     plan_of,
-    processors,
     strides,
     token_rows,
 )

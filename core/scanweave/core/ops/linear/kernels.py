@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import LOG2_E, adjacent, ceil_div, power_of_2
+from ..launch import LOG2_E, adjacent, ceil_div, power_of_2, processors
 
 # one kept state per 16 steps: a quarter of a byte an element, 4% of a bfloat16 forward's traffic
 CHUNK = 16
@@ -187,7 +187,7 @@ CUT_PROGRAMS = 8
 def plan_of(x: Tensor, sequences: int) -> Plan:
     """One channel a thread; segments where sequences and channels do not fill the device."""
     steps = x.shape[0] * x.shape[1] // max(sequences, 1)
-    return _plan(x.shape[2], sequences, steps, _processors(x.device))
+    return _plan(x.shape[2], sequences, steps, processors(x.device))
 
 
 @functools.lru_cache(maxsize=256)
@@ -201,14 +201,6 @@ def _plan(dim: int, sequences: int, steps: int, processors: int) -> Plan:
         while segments < 32 and 2 * segments <= min(2 * wanted, steps / SHORTEST):
             segments *= 2
     return Plan(block_d, blocks, segments, WINDOW)
-
-
-@functools.lru_cache
-def _processors(device: torch.device) -> int:
-    """Multiprocessors of the GPU; under the interpreter as on an H100."""
-    if device.type != "cuda":
-        return 132
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def checkpoints_shape(x: Tensor, cu_seqlens: Tensor | None) -> tuple[int, ...]:

@@ -15,12 +15,11 @@ Letters: S sequences, T tokens, D channels, G groups, N state. Equations: `refer
 import functools
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import LOG2_E, adjacent, ceil_div, power_of_2
+from ..launch import LOG2_E, adjacent, ceil_div, power_of_2, processors
 
 Direction = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 
@@ -186,14 +185,6 @@ def backward_plan(x: Tensor, groups: int, state: int) -> Plan:
 def block_d(per_group: int, widest: int, most: int) -> int:
     """Channels a program, a power of 2."""
     return max(1, min(widest, most, power_of_2(per_group)))
-
-
-@functools.lru_cache
-def processors(device: torch.device) -> int:
-    """Multiprocessors of the GPU; under the interpreter as on an H100."""
-    if device.type != "cuda":
-        return 132
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def strides_and_flags(

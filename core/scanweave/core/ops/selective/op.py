@@ -151,10 +151,7 @@ def _backward(
         with torch.autocast(x[0].device.type, enabled=False):
             dy, dz = dout.to(dtype), None
             if z is not None:
-                zc = z.to(dtype)
-                gate = torch.sigmoid(zc)
-                dz = dy * y * gate * (1 + zc * (1 - gate))
-                dy = dy * zc * gate
+                dy, dz = portable.through_gate(dout, y, z, dtype)
             grads = [
                 portable.scan_backward(
                     dy,

@@ -119,8 +119,6 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     paths = readable(paths, cu_seqlens, x.shape[1])
     dtype = computing_dtype(x, dt, A, B, C, D, dt_bias, initial_state, z)
-    directions = _directions(x, dt, A, B, C, D, dt_bias)
-    start = _states(initial_state, len(directions))
     if on_kernels(x) and dtype == torch.float32:
         stacked = _stacked(x, dt, A, B, C, D, dt_bias)
         turned = _turned(paths, reverse, cu_seqlens)
@@ -128,8 +126,10 @@ def _forward(
         parts, _, final, kept = forward_kernel.forward(
             [stacked], [h0], None, cu_seqlens, [False], dt_softplus, training, turned
         )
-        y, out = add_directions(parts, len(directions), z)
+        y, out = add_directions(parts, A.shape[0], z)
         return out, y if training and z is not None else y.new_empty(0), _apart(final[0], A), kept
+    directions = _directions(x, dt, A, B, C, D, dt_bias)
+    start = _states(initial_state, len(directions))
     if dtype == torch.float32 and compiled.takes([x, dt, B, C, *([] if z is None else [z])]):
         return compiled.forward(
             directions, start, z, cu_seqlens, reverse, dt_softplus, training, paths
@@ -175,18 +175,10 @@ def _backward(
 ) -> list[Tensor]:
     paths = readable(paths, cu_seqlens, x.shape[1])
     dtype = computing_dtype(x, dt, A, B, C, D, dt_bias, initial_state, z)
-    directions = _directions(x, dt, A, B, C, D, dt_bias)
-    start = _states(initial_state, len(directions))
-    ddt = dt.new_empty(dt.shape)
-    parts = ddt.unbind(2)
-    gates = [] if z is None else [z]
     if on_kernels(x) and dtype == torch.float32:
         dz = None
         if z is not None:
-            g, zc = dout.float(), z.float()
-            gate = torch.sigmoid(zc)
-            dz = g * y.float() * gate * (1 + zc * (1 - gate))
-            dout = g * zc * gate
+            dout, dz = portable.through_gate(dout, y, z, dtype)
         stacked = _stacked(x, dt, A, B, C, D, dt_bias)
         turned = _turned(paths, reverse, cu_seqlens)
         dh = None if dfinal is None else _beside(dfinal).unsqueeze(0)
@@ -203,7 +195,7 @@ def _backward(
             checkpoints,
             turned,
         )
-        dx, _ = add_directions(g.x, len(directions), None)
+        dx, _ = add_directions(g.x, A.shape[0], None)
         flat = [dx, g.dt, g.A, g.B, g.C, g.D, g.dt_bias, _apart(g.state, A), dz]
         given = (x, dt, A, B, C, D, dt_bias, initial_state, z)
         return [
@@ -211,6 +203,11 @@ def _backward(
             for d, v in zip(flat, given, strict=True)
             if d is not None and v is not None
         ]
+    directions = _directions(x, dt, A, B, C, D, dt_bias)
+    start = _states(initial_state, len(directions))
+    ddt = dt.new_empty(dt.shape)
+    parts = ddt.unbind(2)
+    gates = [] if z is None else [z]
     if dtype == torch.float32 and compiled.takes([dout, x, dt, B, C, *gates]):
         grads, dz = compiled.backward(
             dout, dfinal, directions, start, z, cu_seqlens, reverse, dt_softplus, y, paths, parts
@@ -219,10 +216,7 @@ def _backward(
         with torch.autocast(x.device.type, enabled=False):
             dy, dz = dout.to(dtype), None
             if z is not None:
-                zc = z.to(dtype)
-                gate = torch.sigmoid(zc)
-                dz = dy * y * gate * (1 + zc * (1 - gate))
-                dy = dy * zc * gate
+                dy, dz = portable.through_gate(dout, y, z, dtype)
             dx, grads = x.new_zeros(x.shape, dtype=dtype), []
             for k, (path, back) in enumerate(zip(paths.long(), reverse, strict=True)):
                 g = portable.scan_backward(

@@ -224,6 +224,13 @@ class ScanGradients:
     state: Tensor
 
 
+def through_gate(dout: Tensor, y: Tensor, z: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Gradients of y and z, in `dtype`, from that of y silu(z)."""
+    dy, z = dout.to(dtype), z.to(dtype)
+    gate = torch.sigmoid(z)
+    return dy * z * gate, dy * y.to(dtype) * gate * (1 + z * (1 - gate))
+
+
 def scan_backward(
     dy: Tensor,
     dfinal: Tensor | None,

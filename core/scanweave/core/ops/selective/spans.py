@@ -21,13 +21,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import adjacent, ceil_div, on_device, power_of_2, sigmoid
+from ..launch import adjacent, ceil_div, on_device, power_of_2, processors, sigmoid
 from .kernels import (
     Direction,
     block_d,
     chunk_of,
     load_row,
-    processors,
     softplus,
     span_of,
     strides_and_flags,
