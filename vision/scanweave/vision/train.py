@@ -6,7 +6,7 @@ images, one folder per class under `train` and `validation`; and a recipe on sev
     python -m scanweave.vision.train --recipe none --data-dir images --model vim_tiny_patch16_224
     accelerate launch --multi_gpu -m scanweave.vision.train --recipe vim_small --data-dir imagenet
 
-Expect 97 to 99 % of the test digits in the best epoch, after about 40 seconds of one CPU core
+One run with seed 0 read 98.9 % of the test digits in its best epoch, after 37 s of one CPU core
 (`OMP_NUM_THREADS=1`: on a busy machine more threads are slower). The run's folder then holds
 `model/`, which `timm.create_model("local-dir:...", pretrained=True)` opens. A run refuses a folder
 that holds another one: `--train.overwrite`, or another `--train.output-dir`.
