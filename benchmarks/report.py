@@ -48,12 +48,12 @@ def _git(*arguments: str) -> str:
     return found.stdout.strip()
 
 
-def current_commit() -> str:
-    """Short hash of the checkout, "+" if core or benchmarks differ from it; "unknown" without."""
+def current_commit(paths: Sequence[str] = ("core", "benchmarks/*.py")) -> str:
+    """Short hash of the checkout, "+" if `paths` differ from it; "unknown" without git."""
     commit = _git("rev-parse", "--short", "HEAD")
     if not commit:
         return "unknown"
-    changed = _git("status", "--porcelain", "--", "core", "benchmarks/*.py")
+    changed = _git("status", "--porcelain", "--", *paths)
     return commit + ("+" if changed else "")
 
 
