@@ -108,6 +108,34 @@ def test_symmetric_convolution(assert_near: Check, device: str, width: int, pack
         compare(assert_near, symmetric_conv1d, reference, inputs, **options)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_convolution_long_spans(
+    assert_near: Check,
+    device: str,
+    monkeypatch: pytest.MonkeyPatch,
+    reverse: bool,
+    packed: bool,
+):
+    """Where few programs do, each walks many steps."""
+    monkeypatch.setattr(conv_kernels, "processors", lambda device: 0)
+    cu = pack((33, 1, 0, 37, 3), device) if packed else None
+    for without in (("initial_state",), ()):
+        inputs = conv_inputs(
+            1 if packed else 2,
+            74,
+            5,
+            4,
+            sequences=5 if packed else None,
+            without=without,
+            dtype=torch.float32,
+            device=device,
+        )
+        assert conv_kernels._grid(inputs["x"], conv_kernels.FORWARD_ROWS).span == 40
+        options = {"activation": "silu", "reverse": reverse, "cu_seqlens": cu, **ALL}
+        compare(assert_near, causal_conv1d, conv_ref, inputs, **options)
+
+
 @HALVES
 def test_convolution_half(assert_near: Check, device: str, half: torch.dtype):
     for weights, without in ((torch.float32, ("initial_state",)), (half, ())):
