@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch_geometric.nn import MessagePassing, global_add_pool, global_mean_pool
 
-from scanweave.graph import GraphMamba, gcn_conv, gin_conv
+from scanweave.graph import GraphMamba, gcn_conv, gin_conv, mixing
 
 SIZES = [5, 1, 8]
 
@@ -106,6 +106,43 @@ def test_without_mixers_the_model_is_local():
     assert any(isinstance(module, MessagePassing) for module in model.modules())
     only_mixers = GraphMamba(4, 16, 2, conv=None)
     assert not any(isinstance(module, MessagePassing) for module in only_mixers.modules())
+
+
+def one_after_another(model, x, edge_index, batch):
+    """The model with every layer sorting the nodes itself."""
+    h = model.lin_in(x)
+    for layer in model.convs:
+        h = layer(h, edge_index, batch)
+    return model.lin_out(h)
+
+
+@pytest.mark.parametrize("order", ["degree", "rcm", "random"])
+@pytest.mark.parametrize("num_perms", [1, 3])
+def test_nodes_are_sorted_once_for_all_layers(num_perms, order, random_graphs, monkeypatch):
+    x, edge_index, batch = random_graphs([7, 1, 12], channels=4)
+    model = GraphMamba(4, 8, 3, 2, mixer="mamba", order=order, num_perms=num_perms)
+    model.double().eval()
+    expected = one_after_another(model, x, edge_index, batch)
+    calls = []
+    pack = mixing.pack_nodes
+    monkeypatch.setattr(mixing, "pack_nodes", lambda *args: calls.append(0) or pack(*args))
+    assert model(x, edge_index, batch=batch).equal(expected)
+    assert len(calls) == 1
+    # a layer that was changed by hand sorts by itself, and so do the others then
+    model.convs[1].ties = "index"
+    changed = model(x, edge_index, batch=batch)
+    assert changed.equal(one_after_another(model, x, edge_index, batch))
+    assert not changed.equal(expected)
+
+
+def test_fresh_noise_differs_between_layers(random_graphs):
+    x, edge_index, batch = random_graphs([40], channels=4)
+    model = GraphMamba(4, 8, 2, order="random", ties="fresh", num_perms=2).double().train()
+    one, other = mixing.shared_sequences(model.convs, x, edge_index, batch, None, None)
+    assert one.nodes.numel() == 80
+    assert not one.nodes.equal(other.nodes)
+    again, _ = mixing.shared_sequences(model.convs, x, edge_index, batch, None, None)
+    assert not again.nodes.equal(one.nodes)
 
 
 @pytest.mark.parametrize("jk", [None, "cat", "lstm"])

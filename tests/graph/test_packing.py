@@ -13,6 +13,9 @@ from scanweave.graph.packing import (
     pack_nodes,
     positions_in_graph,
     reverse_sequences,
+    split_sequences,
+    to_nodes,
+    to_sequences,
 )
 
 # torch announces, once per process, that sparse tensors are young and unchecked
@@ -66,6 +69,28 @@ def test_reverse_turns_every_sequence_around():
     for start, end in itertools.pairwise(ends):
         assert back.nodes[start:end].tolist() == sequences.nodes[start:end].flip(0).tolist()
     assert back.nodes[back.places].equal(torch.arange(8).expand(2, 8))
+
+
+@pytest.mark.parametrize("perms", [1, 3])
+def test_gathers_are_each_others_gradients(perms):
+    _, _, sequences = packed(perms)
+    x = torch.randn(8, 3, dtype=torch.float64, requires_grad=True)
+    y = torch.randn(8 * perms, 3, dtype=torch.float64, requires_grad=True)
+    assert to_sequences(x, sequences).equal(x[sequences.nodes])
+    torch.testing.assert_close(to_nodes(y, sequences), y[sequences.places].mean(0))
+    torch.testing.assert_close(to_nodes(to_sequences(x, sequences), sequences), x)
+    for function, value in ((to_sequences, x), (to_nodes, y)):
+        assert torch.autograd.gradcheck(lambda v: function(v, sequences), value)  # noqa: B023
+        assert torch.autograd.gradgradcheck(lambda v: function(v, sequences), value)  # noqa: B023
+
+
+def test_split_gives_every_layer_its_own():
+    scores, ties, _ = packed(6)
+    counts = count_nodes(BATCH, 5)
+    whole = pack_nodes([scores], ties, BATCH, counts)
+    for part, rows in zip(split_sequences(whole, 3), ties.split(2), strict=True):
+        alone = pack_nodes([scores], rows, BATCH, counts)
+        assert all(a.equal(b) for a, b in zip(part, alone, strict=True))
 
 
 def test_nothing_to_pack():

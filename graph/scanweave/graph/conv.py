@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch_geometric.nn.inits import reset
@@ -15,10 +16,10 @@ from torch_geometric.typing import Adj, OptTensor
 
 from scanweave.core import Mixer
 
-from .mixing import NodeMixing, Ties, check_devices, check_edges, number_of_graphs
+from .mixing import NodeMixing, Ties, check_devices, checked_edges, number_of_graphs
 from .ordering import Order
 from .orders import order_name
-from .packing import edges_of
+from .packing import Sequences
 
 
 class GraphMambaConv(NodeMixing):
@@ -130,6 +131,7 @@ class GraphMambaConv(NodeMixing):
         *,
         batch_size: int | None = None,
         node_order: OptTensor = None,
+        sequences: Sequences | None = None,
         **kwargs: Any,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Run the layer.
@@ -141,6 +143,8 @@ class GraphMambaConv(NodeMixing):
             batch_size: Number of graphs, at least `batch.max() + 1`. Saves reading it from the
                 device, and makes the layer compile without graph breaks.
             node_order: Score of every node, (n,), to use instead of `order`; ascending.
+            sequences: What `self.sequences(...)` or `stacked_sequences` made of this batch, to use
+                instead of sorting the nodes here; edges are then not checked either.
             kwargs: Further arguments of `conv`, such as `edge_attr`.
 
         Returns:
@@ -152,12 +156,14 @@ class GraphMambaConv(NodeMixing):
                 are checked on the CPU only: elsewhere that would wait for the device.
         """
         self._check_features(x)
-        edges = edges_of(edge_index)
-        check_devices(x, edge_index=edges, batch=batch, node_order=node_order)
-        check_edges(edges, x.size(0))
+        check_devices(x, batch=batch, node_order=node_order)
         num_graphs = number_of_graphs(x, batch, batch_size)
         if batch is None:
-            batch = edges.new_zeros(x.size(0))
+            batch = torch.zeros(x.size(0), dtype=torch.int64, device=x.device)
+        if sequences is None:
+            edges = checked_edges(edge_index, x)
+            if self.mixer is not None:
+                sequences = self.sequences(edges, batch, num_graphs, node_order)
         norm_kwargs: dict[str, Any] = {"batch": batch} if self.norm_with_batch else {}
         if self.norm_with_batch_size:
             norm_kwargs["batch_size"] = num_graphs
@@ -176,7 +182,7 @@ class GraphMambaConv(NodeMixing):
             raise ValueError(f"conv must be a layer to take {', '.join(given)}, got None")
 
         if self.mixer is not None:
-            sequences = self.sequences(edges, batch, num_graphs, node_order)
+            assert sequences is not None
             h = self._mix(x, sequences)
             h = F.dropout(h, p=self.dropout, training=self.training)
             parts.append(_normed(self.norm2, h + x, norm_kwargs))

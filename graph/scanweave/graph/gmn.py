@@ -23,14 +23,14 @@ from .mixing import (
     NodeMixing,
     Ties,
     check_devices,
-    check_edges,
+    checked_edges,
     make_mixer,
     make_partner,
     number_of_graphs,
 )
 from .ordering import Order
 from .orders import order_name
-from .packing import count_nodes, edges_of, positions_in_graph
+from .packing import Sequences, count_nodes, positions_in_graph
 from .walks import Neighbours, random_walks
 
 
@@ -204,6 +204,7 @@ class GMNConv(NodeMixing):
         batch_size: int | None = None,
         node_order: OptTensor = None,
         walk_index: OptTensor = None,
+        sequences: Sequences | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """Run the layer.
@@ -218,6 +219,7 @@ class GMNConv(NodeMixing):
             node_order: Score of every node, (n,), to use instead of `order`; ascending.
             walk_index: Walks to use instead of drawn ones, (L, M, m + 1, n) int64, as
                 `AddWalkTokens` stores them.
+            sequences: As in :class:`GraphMambaConv`.
             kwargs: Further arguments of `conv`.
 
         Returns:
@@ -229,17 +231,15 @@ class GMNConv(NodeMixing):
         if not isinstance(x, Tensor) or x.dim() != 2 or x.size(1) != self.in_channels:
             got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(f"x must be (n, {self.in_channels}), got {got}")
-        edges = edges_of(edge_index)
-        check_devices(
-            x, edge_index=edges, batch=batch, node_order=node_order, walk_index=walk_index
-        )
-        check_edges(edges, x.size(0))
+        edges = checked_edges(edge_index, x)
+        check_devices(x, batch=batch, node_order=node_order, walk_index=walk_index)
         num_graphs = number_of_graphs(x, batch, batch_size)
         if batch is None:
             batch = edges.new_zeros(x.size(0))
 
         h = self._encode(x, edges, edge_attr, batch, num_graphs, walk_index)
-        sequences = self.sequences(edges, batch, num_graphs, node_order)
+        if sequences is None:
+            sequences = self.sequences(edges, batch, num_graphs, node_order)
         out = h + F.dropout(self._mix(self.norm(h), sequences), self.dropout, self.training)
         if edge_attr is not None and (self._conv_takes_edges or not self._encoder_takes_edges):
             kwargs["edge_attr"] = edge_attr

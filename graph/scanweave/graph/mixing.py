@@ -1,20 +1,22 @@
 """What layers with a mixer over node sequences share: the mixer, its orders, and argument checks.
 
 NodeMixing          base class: mixer, orders, ties; makes and runs the packed sequences
+stacked_sequences   the sequences of several such layers by one sort
+shared_sequences    the same from a model's arguments, where its layers allow it
 make_mixer          name or module -> mixer of the right width
 make_partner        the second mixer of a causal one, for the other direction
 number_of_graphs    checks `batch` and `batch_size`
 check_devices       every tensor is where x is
-check_edges         node ids are in range
+checked_edges       edges in one form, node ids in range
 """
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torch_geometric.typing import OptTensor
+from torch_geometric.typing import Adj, OptTensor
 
 from scanweave.core import Mixer, create_mixer
 
@@ -23,9 +25,13 @@ from .orders import order_name, resolve_order
 from .packing import (
     Sequences,
     count_nodes,
+    edges_of,
     pack_nodes,
     positions_in_graph,
     reverse_sequences,
+    split_sequences,
+    to_nodes,
+    to_sequences,
 )
 
 Ties = Literal["noise", "fresh", "index"]
@@ -69,7 +75,6 @@ class NodeMixing(nn.Module):
         self.mixer = make_mixer(channels, mixer, mixer_kwargs)
         self.mixer_backward = make_partner(self.mixer, bidirectional)
 
-    @torch.no_grad()
     def sequences(
         self,
         edges: Tensor,
@@ -89,28 +94,12 @@ class NodeMixing(nn.Module):
             ValueError: `node_order`, or what an order function returned, is not one number per
                 node.
         """
-        nodes = batch.numel()
-        perms = self.num_perms if self.training else self.eval_perms
-        counts = count_nodes(batch, num_graphs)
-        position = positions_in_graph(batch, counts)
-        if self.ties == "index":
-            ties = position.expand(perms, nodes)
-        elif self.ties == "fresh" and self.training:
-            ties = tie_noise(position, perms, torch.randint(2**32, (), device=batch.device))
-        else:
-            ties = tie_noise(position, perms, self.seed)
-        if node_order is None:
-            scores = [order(edges, batch, ties) for order in self.orders]
-        else:
-            scores = [node_order]
-        for score in scores:
-            if score.shape != (nodes,) and (node_order is not None or score.shape != ties.shape):
-                name = order_name(self.orders) if node_order is None else "node_order"
-                raise ValueError(
-                    f"{name} must give one score per node: got {tuple(score.shape)} "
-                    f"for {nodes} nodes"
-                )
-        return pack_nodes(scores, ties, batch, counts)
+        return stacked_sequences([self], edges, batch, num_graphs, node_order)[0]
+
+    @property
+    def perms(self) -> int:
+        """Node orders K of the current mode."""
+        return self.num_perms if self.training else self.eval_perms
 
     def _mix(self, x: Tensor, sequences: Sequences) -> Tensor:
         assert self.mixer is not None
@@ -118,6 +107,85 @@ class NodeMixing(nn.Module):
         if self.mixer_backward is not None:
             out = out + _run(self.mixer_backward, x, reverse_sequences(sequences))
         return out
+
+
+@torch.no_grad()
+def stacked_sequences(
+    layers: Sequence[NodeMixing],
+    edges: Tensor,
+    batch: Tensor,
+    num_graphs: int,
+    node_order: OptTensor = None,
+) -> list[Sequences]:
+    """The sequences of every layer: scores once, and one sort for all of them.
+
+    The layers' orders differ in their seeds alone. Sorting is dozens of small kernels however few
+    the nodes are, so doing it once instead of in every layer is what counts on a GPU.
+
+    Args:
+        layers: Layers that agree in orders, number of permutations and treatment of ties.
+        edges: Edges, (2, E) int64, as `edges_of` makes them.
+        batch: Graph of every node, (n,) int64.
+        num_graphs: Number of graphs.
+        node_order: Score of every node, (n,), to use instead of the layers' `order`.
+
+    Raises:
+        ValueError: `node_order`, or what an order function returned, is not one number per node.
+    """
+    first, nodes = layers[0], batch.numel()
+    perms = first.perms
+    counts = count_nodes(batch, num_graphs)
+    position = positions_in_graph(batch, counts)
+    rows = len(layers) * perms
+    if first.ties == "index":
+        ties = position.expand(rows, nodes)
+    else:
+        if first.ties == "fresh" and first.training:
+            seeds = torch.randint(2**32, (len(layers),), device=batch.device)
+        else:
+            # filled on the device: a copied list would wait for it
+            full = [position.new_full((1,), layer.seed & 0xFFFFFFFF) for layer in layers]
+            seeds = torch.cat(full)
+        ties = tie_noise(position, perms, seeds.view(-1, 1, 1)).view(rows, nodes)
+    if node_order is None:
+        scores = [order(edges, batch, ties) for order in first.orders]
+    else:
+        scores = [node_order]
+    for score in scores:
+        if score.shape != (nodes,) and (node_order is not None or score.shape != ties.shape):
+            name = order_name(first.orders) if node_order is None else "node_order"
+            raise ValueError(
+                f"{name} must give one score per node: got {tuple(score.shape)} for {nodes} nodes"
+            )
+    return split_sequences(pack_nodes(scores, ties, batch, counts), len(layers))
+
+
+def shared_sequences(
+    convs: nn.ModuleList,
+    x: Tensor,
+    adj: Adj,
+    batch: OptTensor,
+    batch_size: int | None,
+    node_order: OptTensor,
+) -> list[Sequences] | list[None]:
+    """`stacked_sequences` for the layers of a model, from its arguments, which are checked.
+
+    None for every layer, which then sorts by itself, if they have no mixer or differ in what they
+    sort by, as after a layer was changed by hand.
+    """
+    layers = [cast(NodeMixing, conv) for conv in convs]
+    if layers[0].mixer is None or any(_sorting(layer) != _sorting(layers[0]) for layer in layers):
+        return [None] * len(layers)
+    edges = checked_edges(adj, x)
+    check_devices(x, batch=batch, node_order=node_order)
+    num_graphs = number_of_graphs(x, batch, batch_size)
+    if batch is None:
+        batch = torch.zeros(x.size(0), dtype=torch.int64, device=x.device)
+    return stacked_sequences(layers, edges, batch, num_graphs, node_order)
+
+
+def _sorting(layer: NodeMixing) -> tuple[Any, ...]:
+    return layer.orders, layer.perms, layer.ties, layer.training, layer.mixer is None
 
 
 def make_mixer(
@@ -153,8 +221,8 @@ def make_partner(mixer: Mixer | None, bidirectional: bool) -> Mixer | None:
 
 def _run(mixer: Mixer, x: Tensor, sequences: Sequences) -> Tensor:
     """Gather the nodes into sequences, mix, scatter back, average over the K orders."""
-    out = mixer(x[sequences.nodes].unsqueeze(0), cu_seqlens=sequences.cu_seqlens)
-    return out.squeeze(0)[sequences.places].mean(0)
+    out = mixer(to_sequences(x, sequences).unsqueeze(0), cu_seqlens=sequences.cu_seqlens)
+    return to_nodes(out.squeeze(0), sequences)
 
 
 def number_of_graphs(x: Tensor, batch: Tensor | None, batch_size: int | None) -> int:
@@ -194,10 +262,13 @@ def check_devices(x: Tensor, **tensors: Tensor | None) -> None:
             raise ValueError(f"{name} must be on {x.device} like x, got {tensor.device}")
 
 
-def check_edges(edges: Tensor, nodes: int) -> None:
-    """Refuse node ids out of range, on a CPU and outside compiled graphs."""
+def checked_edges(adj: Adj, x: Tensor) -> Tensor:
+    """Edges (2, E) of any adjacency; node ids are checked on a CPU, outside compiled graphs."""
+    edges, nodes = edges_of(adj), x.size(0)
+    check_devices(x, edge_index=edges)
     if torch.compiler.is_compiling() or edges.device.type != "cpu" or edges.numel() == 0:
-        return
+        return edges
     least, most = (int(bound) for bound in edges.aminmax())
     if least < 0 or most >= nodes:
         raise ValueError(f"edge_index must hold node ids in [0, {nodes}), got {least} to {most}")
+    return edges

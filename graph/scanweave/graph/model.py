@@ -14,7 +14,7 @@ from torch_geometric.nn.inits import reset
 from torch_geometric.typing import Adj, OptTensor
 
 from .conv import GraphMambaConv
-from .mixing import Ties
+from .mixing import Ties, shared_sequences
 from .ordering import Order
 
 MakeConv = Callable[[int], nn.Module]
@@ -181,8 +181,17 @@ class GraphMamba(nn.Module):
 
         h = self.lin_in(x)
         layers = []
-        for conv in self.convs:
-            h = conv(h, edge_index, batch, batch_size=batch_size, node_order=node_order, **local)
+        sequences = shared_sequences(self.convs, h, edge_index, batch, batch_size, node_order)
+        for conv, own in zip(self.convs, sequences, strict=True):
+            h = conv(
+                h,
+                edge_index,
+                batch,
+                batch_size=batch_size,
+                node_order=node_order,
+                sequences=own,
+                **local,
+            )
             if isinstance(h, tuple):
                 h, local["edge_attr"] = h
             layers.append(h)

@@ -14,7 +14,7 @@ from torch_geometric.nn.inits import reset
 from torch_geometric.typing import Adj, OptTensor
 
 from .gmn import GMNConv
-from .mixing import Ties
+from .mixing import Ties, shared_sequences
 from .model import MakeConv, gin_conv
 from .ordering import Order
 
@@ -182,7 +182,8 @@ class GraphMambaNet(nn.Module):
         local = {"edge_weight": edge_weight} if edge_weight is not None else {}
 
         h = self.lin_in(x if pe is None else torch.cat([x, pe.to(x.dtype)], 1))
-        for number, conv in enumerate(self.convs):
+        sequences = shared_sequences(self.convs, h, edge_index, batch, batch_size, node_order)
+        for number, (conv, own) in enumerate(zip(self.convs, sequences, strict=True)):
             h = conv(
                 h,
                 edge_index,
@@ -192,6 +193,7 @@ class GraphMambaNet(nn.Module):
                 batch_size=batch_size,
                 node_order=node_order,
                 walk_index=walk_index if number == 0 else None,
+                sequences=own,
                 **local,
             )
         h = self.norm(h)

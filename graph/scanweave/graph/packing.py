@@ -4,6 +4,9 @@ All K * B sequences (B graphs in K orders) lie behind each other, without paddin
 the nodes into that layout, `places` undoes it, `cu_seqlens` marks the borders.
 
     pack_nodes            graph ids and scores -> Sequences
+    split_sequences       sequences over L * K orders -> those of L layers with K each
+    to_sequences          nodes -> sequences; its gradient is a gather too
+    to_nodes              sequences -> nodes, the mean over K orders
     reverse_sequences     the same sequences, each read backwards
     count_nodes           nodes per graph
     positions_in_graph    place of each node among the stored nodes of its graph
@@ -13,7 +16,7 @@ Letters: n nodes, B graphs, K permutations, E edges.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -49,8 +52,10 @@ def pack_nodes(scores: Sequence[Tensor], ties: Tensor, batch: Tensor, counts: Te
         The K * B sequences; sequence k * B + b is graph b in order k.
     """
     perms, size = ties.shape
+    keys = [*(score.expand(perms, size) for score in scores), ties]
     first = torch.arange(perms, device=batch.device).unsqueeze(1)
-    keys = [batch + first * counts.numel(), *(score.expand(perms, size) for score in scores), ties]
+    if perms * counts.numel() > 1:
+        keys.insert(0, batch + first * counts.numel())
     index = lexsort(*(key.reshape(-1) for key in keys))
     lengths = torch.cat([counts.new_zeros(1), counts.repeat(perms)])
     # sorting runs over all K copies of the nodes; copy k of node v has number k * n + v
@@ -59,6 +64,69 @@ def pack_nodes(scores: Sequence[Tensor], ties: Tensor, batch: Tensor, counts: Te
         rank_of(index).view(perms, size),
         lengths.cumsum(0).to(torch.int32),
     )
+
+
+def split_sequences(sequences: Sequences, layers: int) -> list[Sequences]:
+    """Cut sequences over L * K orders into L times K of them, for as many layers."""
+    if layers == 1:
+        return [sequences]
+    nodes, places, borders = sequences
+    rows, size = places.shape
+    perms = rows // layers
+    offset = torch.arange(layers, device=places.device).mul_(perms * size).view(-1, 1, 1)
+    own = places.view(layers, perms, size) - offset
+    # every layer has the same lengths
+    ends = borders[: (borders.numel() - 1) // layers + 1]
+    return [
+        Sequences(*part, ends)
+        for part in zip(nodes.view(layers, -1).unbind(), own.unbind(), strict=True)
+    ]
+
+
+class _ToSequences(torch.autograd.Function):
+    """y = x[nodes]. The gradient sums over the K places of a node: no scattered additions."""
+
+    @staticmethod
+    def forward(x: Tensor, nodes: Tensor, places: Tensor) -> Tensor:
+        return x.index_select(0, nodes)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return _ToNodes.apply(grad, *ctx.saved_tensors), None, None  # type: ignore[return-value]
+
+
+class _ToNodes(torch.autograd.Function):
+    """x[v] = sum of y over the K places of v, whose gradient is a gather by `nodes`."""
+
+    @staticmethod
+    def forward(y: Tensor, nodes: Tensor, places: Tensor) -> Tensor:
+        if places.size(0) == 1:
+            return y.index_select(0, places[0])
+        return y.index_select(0, places.reshape(-1)).view(*places.shape, y.size(1)).sum(0)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return _ToSequences.apply(grad, *ctx.saved_tensors), None, None  # type: ignore[return-value]
+
+
+def to_sequences(x: Tensor, sequences: Sequences) -> Tensor:
+    """Lay the nodes out as sequences, (n, D) to (K * n, D)."""
+    return cast(Tensor, _ToSequences.apply(x, sequences.nodes, sequences.places))
+
+
+def to_nodes(y: Tensor, sequences: Sequences) -> Tensor:
+    """Average what the K orders have for each node, (K * n, D) to (n, D)."""
+    out = cast(Tensor, _ToNodes.apply(y, sequences.nodes, sequences.places))
+    perms = sequences.places.size(0)
+    return out if perms == 1 else out / perms
 
 
 def reverse_sequences(sequences: Sequences) -> Sequences:
