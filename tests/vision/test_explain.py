@@ -80,7 +80,7 @@ def test_rows_are_shares(trained):
     images, _, _ = marked(2, 0)
     layers, scores = token_matrices(trained, images)
     assert len(layers) == 2
-    assert all(layer.grid == (4, 4) and layer.class_place == 8 for layer in layers)
+    assert all(layer.grid == (4, 4) and layer.class_places == (8,) for layer in layers)
     for layer in layers:
         assert layer.weights.shape == (2, 17, 17)
         assert torch.allclose(layer.weights.sum(-1), torch.ones(2, 17))
@@ -217,7 +217,7 @@ def test_what_cannot_be_explained(tmp_path):
         effective_receptive_field(nn.Linear(1, 1), image)
     broken = tiny()
     broken.patch_embed.stride = (8, 8)
-    with pytest.raises(ValueError, match="model must have one token per patch and at most one"):
+    with pytest.raises(ValueError, match="model must have one token per patch and num_prefix"):
         explain._places(broken, image, torch.zeros(1, 17, 32))
     with pytest.raises(ValueError, match="images must name at least one image"):
         explain.explain(Config("test_vim", (tmp_path,), pretrained=False))

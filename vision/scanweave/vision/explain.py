@@ -8,13 +8,13 @@ what the head reads is traced back through these, layer by layer:
     A_l[t, s] = w_l[s] mean over channels of |M_l[t, s]|, rows divided by their sums
     r         <- (r + r A_l) / 2          from the last layer to the first
 
-starting from the class token, or from all patches where they are pooled. w_l is 1 in the form
+starting from the class tokens, or from all patches where they are pooled. w_l is 1 in the form
 "attention", which shows what was read; in the form "gradient" w_l[s] is how much the layer's input
 at token s counts for the score of the class, |input . d score / d input|, which shows what of it
 was used. And per model, the effective receptive field: |d feature in the middle / d pixel|,
 averaged over the images.
 
-    token_matrices              every layer's A_l, its tokens' grid and the place of the class token
+    token_matrices              every layer's A_l, its tokens' grid and the class tokens' places
     heat_map                    images -> (B, H, W), between 0 and 1
     effective_receptive_field   images -> (H, W), largest 1
     explain                     files in, pictures out: what `main` runs
@@ -42,7 +42,7 @@ from torch import Tensor, nn
 
 from .block import MixerBlock
 from .data import DataConfig, eval_transform
-from .embed import class_index
+from .embed import class_rows, split_tokens
 
 Form = Literal["attention", "gradient"]
 _ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -75,21 +75,22 @@ class TokenMatrix:
     Attributes:
         weights: A_l, (B, L, L) in the tokens' natural order; rows sum to 1.
         grid: Rows and columns of the patches.
-        class_place: Where the class token stands among the L tokens; None without one.
+        class_places: Where class tokens and registers stand among the L tokens, ascending.
     """
 
     weights: Tensor
     grid: tuple[int, int]
-    class_place: int | None
+    class_places: tuple[int, ...]
 
 
 def token_matrices(
     model: nn.Module, images: Tensor, form: Form = "attention", target: Tensor | None = None
 ) -> tuple[list[TokenMatrix], Tensor]:
-    """Run the model and collect every mixer's matrix; memory grows with L^2 a channel and image.
+    """Run the model and collect every mixer's matrix; memory grows with L^2 a channel.
 
     Args:
-        model: A model in evaluation mode, with mixers that have `matrix(x)`.
+        model: A model in evaluation mode, with mixers that have `matrix(x)`, or the mean of its
+            absolute values over channels, `matrix_size(x)`.
         images: (B, C, H, W).
         form: "attention" or "gradient".
         target: Class of every image for the gradient, (B,); the predicted one when None.
@@ -140,7 +141,7 @@ def token_matrices(
     layers = []
     for (mixer, x), weight in zip(seen, weights, strict=True):
         with torch.no_grad():
-            matrix = mixer.matrix(x.detach()).abs().mean(1).float()
+            matrix = _sizes(mixer, x.detach())
             if weight is not None:
                 # relative to the largest, so that slopes of 1e-30 do not vanish in the sum below
                 weight = weight / weight.amax(1, keepdim=True).clamp(min=1e-30)
@@ -153,21 +154,31 @@ def token_matrices(
     return layers, scores.detach()
 
 
-def _places(model: nn.Module, images: Tensor, x: Tensor) -> tuple[tuple[int, int], int | None]:
-    """Grid of the patches that a mixer sees, and where its class token stands."""
+def _sizes(mixer: Any, x: Tensor) -> Tensor:
+    """Mean over channels of |M|, (B, L, L); one image after the other, M being large."""
+    sizes = []
+    for one in x.split(1):
+        if hasattr(mixer, "matrix_size"):
+            sizes.append(mixer.matrix_size(one).float())
+        else:
+            sizes.append(mixer.matrix(one).abs().mean(1).float())
+    return torch.cat(sizes)
+
+
+def _places(model: nn.Module, images: Tensor, x: Tensor) -> tuple[tuple[int, int], tuple[int, ...]]:
+    """Grid of the patches that a mixer sees, and where its class tokens stand."""
     if x.ndim == 4:
-        return (x.shape[1], x.shape[2]), None
+        return (x.shape[1], x.shape[2]), ()
     embed: Any = getattr(model, "patch_embed", None)
     size: Callable[..., tuple[int, int]] | None = getattr(embed, "dynamic_feat_size", None)
     if size is not None:
         grid = size((images.shape[2], images.shape[3]))
         patches = grid[0] * grid[1]
-        if x.shape[1] == patches:
-            return grid, None
-        if x.shape[1] == patches + 1:
-            return grid, class_index(patches, getattr(model, "class_position", "first"))
+        count = x.shape[1] - patches
+        if count == int(getattr(model, "num_prefix_tokens", 0)):
+            return grid, tuple(class_rows(patches, getattr(model, "class_position", ""), count))
     raise ValueError(
-        f"model must have one token per patch and at most one class token, got {x.shape[1]} tokens"
+        f"model must have one token per patch and num_prefix_tokens others, got {x.shape[1]} tokens"
     )
 
 
@@ -191,13 +202,12 @@ def heat_map(
     layers, scores = token_matrices(model, images, form, target)
     last = layers[-1]
     read = last.weights.new_zeros(last.weights.shape[:2])
-    pooled = last.class_place is None or getattr(model, "global_pool", "avg") != "token"
-    if pooled:
-        read.fill_(1)
-        if last.class_place is not None:
-            read[:, last.class_place] = 0
+    classes = list(last.class_places)
+    if classes and getattr(model, "global_pool", "avg") == "token":
+        read[:, classes] = 1
     else:
-        read[:, last.class_place] = 1
+        read.fill_(1)
+        read[:, classes] = 0
     grid = last.grid
     for layer in reversed(layers):
         if layer.grid != grid:
@@ -205,9 +215,8 @@ def heat_map(
             grid = layer.grid
         read = (read + (read.unsqueeze(1) @ layer.weights).squeeze(1)) / 2
         read = read / read.sum(1, keepdim=True).clamp(min=1e-30)
-    place = layers[0].class_place
-    if place is not None:
-        read = torch.cat([read[:, :place], read[:, place + 1 :]], 1)
+    if layers[0].class_places:
+        read = split_tokens(read.unsqueeze(-1), list(layers[0].class_places))[1].squeeze(-1)
     maps = _resized(read.unflatten(1, grid), (images.shape[2], images.shape[3]))
     low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
     return (maps - low) / (high - low).clamp(min=1e-30), scores

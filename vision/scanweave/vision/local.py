@@ -29,6 +29,8 @@ from torch import Tensor, nn
 
 from scanweave.core import causal_conv1d, create_mixer, selective_scan
 
+from .scan_matrix import ScanMatrix
+
 _NAME = re.compile(r"(h|v|w([1-9]\d*))(_flip)?")
 
 
@@ -192,20 +194,58 @@ class LocalMamba(nn.Module):
         names = ("conv1d", "x_proj", "dt_proj", "A_log", "D")
         return tuple(getattr(self, f"{name}_{k}") for name in names)  # type: ignore[return-value]
 
+    def _scan_inputs(self, both: Tensor, k: int) -> tuple[Tensor, ...]:
+        """What scan `k` reads along its path: u, dt, A, B, C, D, z and the bias of dt.
+
+        The last row of `both`, (B, L + 1, 2 E), is what paths read outside the grid.
+        """
+        conv, x_proj, dt_proj, a_log, skip = self._direction(k)
+        u, z = both.index_select(1, getattr(self, f"order_{k}")).chunk(2, -1)
+        u = causal_conv1d(u, conv.weight.squeeze(1), conv.bias, "silu")
+        r, B, C = x_proj(u).split([self.dt_rank, self.d_state, self.d_state], -1)
+        A = -torch.exp(a_log.to(torch.promote_types(a_log.dtype, torch.float32)))
+        return u, F.linear(r, dt_proj.weight), A, B, C, skip, z, dt_proj.bias
+
     def forward(self, x: Tensor) -> Tensor:
         """Mix `x` (B, L, D), L = h w + class tokens of the grid that was set."""
-        # the last row is what paths read outside the grid
         both = F.pad(self.in_proj(x), (0, 0, 0, 1))
         total: Tensor | None = None
         for k in range(len(self.directions)):
-            conv, x_proj, dt_proj, a_log, skip = self._direction(k)
-            u, z = both.index_select(1, getattr(self, f"order_{k}")).chunk(2, -1)
-            u = causal_conv1d(u, conv.weight.squeeze(1), conv.bias, "silu")
-            r, B, C = x_proj(u).split([self.dt_rank, self.d_state, self.d_state], -1)
-            A = -torch.exp(a_log.to(torch.promote_types(a_log.dtype, torch.float32)))
-            dt = F.linear(r, dt_proj.weight)
-            y = selective_scan(u, dt, A, B, C, skip, z, dt_proj.bias)
+            y = selective_scan(*self._scan_inputs(both, k))
             y = self.attn(y.index_select(1, getattr(self, f"inverse_{k}")))
             total = y if total is None else total + y
         assert total is not None
         return self.out_proj(total)
+
+    def _matrices(self, x: Tensor) -> list[ScanMatrix]:
+        both = F.pad(self.in_proj(x), (0, 0, 0, 1))
+        made = []
+        for k in range(len(self.directions)):
+            _, dt, A, B, C, D, _, bias = self._scan_inputs(both, k)
+            delta = F.softplus((dt + bias).to(A.dtype))
+            place = getattr(self, f"inverse_{k}")
+            made.append(ScanMatrix(delta, A, *(v.to(A.dtype) for v in (B, C, D)), place))
+        return made
+
+    def core(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What every direction scans, and its results before the gate: each (B, K E, L, 1).
+
+        Padding, which is scanned too, is left out; see `scanweave.core.Mixer.core`.
+        """
+        both = F.pad(self.in_proj(x), (0, 0, 0, 1))
+        values, outputs = [], []
+        for k in range(len(self.directions)):
+            u, dt, A, B, C, D, _, bias = self._scan_inputs(both, k)
+            y = selective_scan(u, dt, A, B, C, D, dt_bias=bias)
+            for into, along in ((values, u), (outputs, y)):
+                natural = along.index_select(1, getattr(self, f"inverse_{k}"))
+                into.append(natural.transpose(1, 2).unsqueeze(-1))
+        return torch.cat(values, 1), torch.cat(outputs, 1)
+
+    def matrix(self, x: Tensor) -> Tensor:
+        """(B, K E, L, L): what tokens give to tokens; padding gives the rest."""
+        return torch.cat([m.whole() for m in self._matrices(x)], 1)
+
+    def matrix_size(self, x: Tensor) -> Tensor:
+        """Mean over channels and directions of |matrix|, (B, L, L)."""
+        return torch.stack([m.size() for m in self._matrices(x)]).mean(0)

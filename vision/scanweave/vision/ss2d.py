@@ -30,6 +30,7 @@ from torch._jit_internal import is_scripting
 from scanweave.core import grid_paths, path_selective_scan
 
 from .block import at_least_float32
+from .scan_matrix import ScanMatrix
 
 Gate = Literal["none", "silu", "linear"]
 _GATES = ("none", "silu", "linear")
@@ -212,16 +213,20 @@ class SS2D(nn.Module):
             C.unflatten(-1, [count, state]),
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Mix a grid (B, H, W, D) to one of the same shape."""
-        height, width = x.shape[1], x.shape[2]
+    def _inputs(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What is scanned, (B, L, E), and what it is gated by, of a grid (B, H, W, D)."""
         u = self.in_proj(x)
         z = u
         if self.gate != "none":
             u, z = u.chunk(2, -1)
         if self.conv2d is not None:
             u = self.conv2d(u.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        u = F.silu(u).flatten(1, 2)
+        return F.silu(u).flatten(1, 2), z
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mix a grid (B, H, W, D) to one of the same shape."""
+        height, width = x.shape[1], x.shape[2]
+        u, z = self._inputs(x)
         dt, B, C = self._projected(u)
         A = -torch.exp(at_least_float32(self.A_logs)).view(self.count, self.inner, self.state)
         D = self.Ds.view(self.count, self.inner)
@@ -237,6 +242,51 @@ class SS2D(nn.Module):
         elif self.gate == "linear":
             y = y * z
         return self.out_proj(y)
+
+    @torch.jit.unused
+    def core(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What is scanned along every path, and the results: each (B, K E, H W, 1).
+
+        Their K are added, normed and gated by the mixer; see `scanweave.core.Mixer.core`.
+        """
+        u = self._inputs(x)[0]
+        dt, B, C = self._projected(u)
+        A = -torch.exp(at_least_float32(self.A_logs)).view(self.count, self.inner, self.state)
+        paths, D = self.paths(x.shape[1], x.shape[2]), self.Ds.view(self.count, self.inner)
+        outputs = []
+        for k in range(self.count):
+            # one path at a time; a kept tensor of paths would be checked as a whole
+            one = slice(k, k + 1)
+            bias = self.dt_projs_bias[one]
+            parts = (dt[:, :, one], A[one], B[:, :, one], C[:, :, one], D[one])
+            y = path_selective_scan(u, *parts, dt_bias=bias, paths=paths[one].clone())
+            outputs.append(y.transpose(1, 2).unsqueeze(-1))
+        values = u.transpose(1, 2).unsqueeze(-1)
+        return values.repeat(1, self.count, 1, 1), torch.cat(outputs, 1)
+
+    @torch.jit.unused
+    def _matrices(self, x: Tensor) -> list[ScanMatrix]:
+        u = self._inputs(x)[0]
+        dt, B, C = self._projected(u)
+        A = -torch.exp(at_least_float32(self.A_logs)).view(self.count, self.inner, self.state)
+        D = self.Ds.to(A.dtype).view(self.count, self.inner)
+        delta = F.softplus((dt + self.dt_projs_bias).to(A.dtype))
+        B, C = B.to(A.dtype), C.to(A.dtype)
+        made = []
+        for k, path in enumerate(self.paths(x.shape[1], x.shape[2]).long()):
+            along = (delta[:, path, k], A[k], B[:, path, k], C[:, path, k], D[k])
+            made.append(ScanMatrix(*along, place=path.argsort()))
+        return made
+
+    @torch.jit.unused
+    def matrix(self, x: Tensor) -> Tensor:
+        """(B, K E, H W, H W), which give `core`'s results of its values; see `Mixer.matrix`."""
+        return torch.cat([m.whole() for m in self._matrices(x)], 1)
+
+    @torch.jit.unused
+    def matrix_size(self, x: Tensor) -> Tensor:
+        """Mean over channels and paths of |matrix|, (B, H W, H W), in a K E-th of its memory."""
+        return torch.stack([m.size() for m in self._matrices(x)]).mean(0)
 
 
 def _scan_in_steps(
