@@ -18,8 +18,9 @@ pytest.importorskip("accelerate")
 from scanweave.core.training import TrainConfig
 from scanweave.vision import train
 from scanweave.vision.averaging import Averaged
-from scanweave.vision.data import ImageSets, StoredImages
+from scanweave.vision.data import ImageSets
 from scanweave.vision.settings import Config
+from scanweave.vision.stored import StoredImages
 from scanweave.vision.train import build_model, build_optimizer, evaluate, fit
 
 TINY = ("patch_size=4", "embed_dim=16", "depth=1", "d_state=2")

@@ -18,13 +18,13 @@ from scanweave.vision import data
 from scanweave.vision.data import (
     DataConfig,
     RepeatedSampler,
-    StoredImages,
     eval_transform,
     load_sets,
     train_loader,
     train_transform,
 )
 from scanweave.vision.recipes import RECIPES, get_recipe
+from scanweave.vision.stored import StoredImages
 from scanweave.vision.train import parse
 
 GREY = {

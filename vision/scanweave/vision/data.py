@@ -1,6 +1,6 @@
 """Image sets, augmentation and batches for training, from timm's parts.
 
-What timm cannot read by itself are three small sets; see `DataConfig.dataset`.
+What timm cannot read by itself are three small sets, those of `stored.py`.
 
     DataConfig       settings
     ImageSets        training and validation images, and what a model must know of them
@@ -8,18 +8,16 @@ What timm cannot read by itself are three small sets; see `DataConfig.dataset`.
     train_transform  settings -> augmentation
     eval_transform   settings -> resize and crop
     train_loader     a set -> shuffled batches
+    eval_loader      a set -> all of it in order
 """
 # timm exports its names without saying so to type checkers
 # pyright: reportPrivateImportUsage=false
 
-import gzip
-import io
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from PIL import Image
 from timm.data import create_dataset, create_transform
@@ -28,7 +26,8 @@ from timm.data.random_erasing import RandomErasing
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 from torchvision import transforms
 
-_TEST_SHARE = 0.25
+from .stored import STORED, digits
+
 _FOLDERS = {
     "train": ("train", "training"),
     "validation": ("validation", "val", "valid", "eval", "evaluation"),
@@ -86,6 +85,9 @@ class DataConfig:
     """Share of the resized image that validation looks at; 0 takes the model's."""
     eval_batch_size: int = 0
     """Batch size of validation; 0 takes the training's."""
+    in_memory: bool = False
+    """Keep all images, decoded, on the device that trains, and augment them there, for sets of
+    small images; with `crop` shift or none, without `auto_augment` and loading processes."""
 
     def __post_init__(self) -> None:
         for name in ("num_classes", "img_size", "eval_batch_size"):
@@ -110,6 +112,11 @@ class DataConfig:
             raise ValueError(
                 f"auto_augment must start with 'rand-' with crop shift, got {self.auto_augment!r}"
             )
+        if self.in_memory and (self.crop == "resized" or self.auto_augment):
+            raise ValueError(
+                "in_memory must be False unless crop is shift or none and auto_augment is empty, "
+                f"got {self.crop!r} and {self.auto_augment!r}"
+            )
 
 
 @dataclass
@@ -120,37 +127,6 @@ class ImageSets:
     val: Any
     num_classes: int
     in_chans: int
-
-
-class StoredImages(Dataset[Any]):
-    """Images kept in memory, as pixels or as encoded files.
-
-    Args:
-        images: uint8, (n, H, W) or (n, H, W, 3); or n encoded images.
-        labels: n class numbers.
-    """
-
-    def __init__(self, images: Any, labels: Any) -> None:
-        self.images, self.labels = images, labels
-        self.transform: Callable[[Image.Image], Any] | None = None
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        item = self.images[index]
-        image = Image.open(io.BytesIO(item)) if isinstance(item, bytes) else Image.fromarray(item)
-        return image if self.transform is None else self.transform(image), int(self.labels[index])
-
-
-class EncodedImages:
-    """A sequence of files that lie one behind the other in one array of bytes."""
-
-    def __init__(self, content: np.ndarray, offsets: np.ndarray) -> None:
-        self.content, self.offsets = content, offsets
-
-    def __getitem__(self, index: int) -> bytes:
-        return self.content[self.offsets[index] : self.offsets[index + 1]].tobytes()
 
 
 class RepeatedSampler(Sampler[int]):
@@ -188,11 +164,11 @@ def load_sets(config: DataConfig, batch_size: int = 1) -> ImageSets:
                 "data_dir must be left out with dataset digits; for other images choose another "
                 f"--recipe (none for plain settings) or --dataset, got {config.data_dir}"
             )
-        train, val, classes, channels = *_digits(), 10, 1
-    elif config.dataset in _STORED:
+        train, val, classes, channels = *digits(), 10, 1
+    elif config.dataset in STORED:
         if config.data_dir is None:
             raise ValueError(f"data_dir must be given with dataset {config.dataset}, got None")
-        load, channels = _STORED[config.dataset]
+        load, channels = STORED[config.dataset]
         train, val, classes = *load(config.data_dir), 10
     else:
         train, val = _timm_sets(config, batch_size)
@@ -203,64 +179,6 @@ def load_sets(config: DataConfig, batch_size: int = 1) -> ImageSets:
     if not classes:
         raise ValueError(f"num_classes must be given for dataset {config.dataset!r}, got 0")
     return ImageSets(train, val, classes, config.in_chans or channels)
-
-
-def _digits() -> tuple[StoredImages, StoredImages]:
-    """The 1,797 digits of scikit-learn, 8 x 8, three quarters and one quarter."""
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise ImportError(
-            "dataset digits needs scikit-learn: pip install 'scanweave[demo]'"
-        ) from error
-    pixels, labels = load_digits(return_X_y=True)
-    # 0..16 become 0..255
-    images = np.clip(np.asarray(pixels) * 16, 0, 255).astype(np.uint8).reshape(-1, 8, 8)
-    order = np.random.default_rng(0).permutation(len(labels))
-    test, train = np.split(order, [round(_TEST_SHARE * len(order))])
-    numbers = np.asarray(labels)
-    return StoredImages(images[train], numbers[train]), StoredImages(images[test], numbers[test])
-
-
-def _find(root: Path, name: str) -> Path:
-    """A file in `root` or up to two folders below."""
-    found = next((p for depth in ("", "*/", "*/*/") for p in sorted(root.glob(depth + name))), None)
-    if found is None:
-        raise ValueError(f"data_dir must hold {name}, got {root}")
-    return found
-
-
-def _fashion_mnist(root: Path) -> tuple[StoredImages, StoredImages]:
-    """Original IDX files: a header of four bytes and one size per axis, then uint8."""
-
-    def read(name: str) -> np.ndarray:
-        data = gzip.decompress(_find(root, name).read_bytes())
-        sizes = np.frombuffer(data, ">u4", data[3], 4)
-        return np.frombuffer(data, np.uint8, offset=4 + 4 * data[3]).reshape(sizes)
-
-    parts = [
-        StoredImages(read(f"{part}-images-idx3-ubyte.gz"), read(f"{part}-labels-idx1-ubyte.gz"))
-        for part in ("train", "t10k")
-    ]
-    return parts[0], parts[1]
-
-
-def _cifar10_jpeg(root: Path) -> tuple[StoredImages, StoredImages]:
-    """JPEG files in `cifar10_jpeg.npz`: `<part>_jpeg`, `<part>_offset`, `<part>_label`."""
-    with np.load(_find(root, "cifar10_jpeg.npz"), allow_pickle=False) as file:
-        parts = [
-            StoredImages(
-                EncodedImages(file[f"{part}_jpeg"], file[f"{part}_offset"]), file[f"{part}_label"]
-            )
-            for part in ("train", "test")
-        ]
-    return parts[0], parts[1]
-
-
-_STORED: dict[str, tuple[Callable[[Path], tuple[StoredImages, StoredImages]], int]] = {
-    "fashion_mnist": (_fashion_mnist, 1),
-    "cifar10_jpeg": (_cifar10_jpeg, 3),
-}
 
 
 def _timm_sets(config: DataConfig, batch_size: int) -> tuple[Any, Any]:
@@ -317,7 +235,7 @@ def train_transform(config: DataConfig, data: Mapping[str, Any]) -> Callable[[Im
     """
     size, mean, std = data["input_size"][1:], data["mean"], data["std"]
     erase = {"re_prob": config.re_prob, "re_mode": config.re_mode}
-    steps: list[Any] = [_Mode(data["input_size"][0])]
+    steps: list[Any] = [PillowMode(data["input_size"][0])]
     if config.crop == "shift":
         policy = config.auto_augment
         hints = {
@@ -354,25 +272,29 @@ def train_transform(config: DataConfig, data: Mapping[str, Any]) -> Callable[[Im
     return transforms.Compose(steps)
 
 
-def eval_transform(config: DataConfig, data: Mapping[str, Any]) -> Callable[[Image.Image], Any]:
-    """Resize and centre crop of one image, PIL to (C, H, W) float32; arguments as above."""
+def eval_transform(
+    config: DataConfig, data: Mapping[str, Any], *, pixels: bool = False
+) -> Callable[[Image.Image], Any]:
+    """Resize and centre crop of one image, PIL to (C, H, W) float32, or uint8 with `pixels`."""
     crop = create_transform(
         input_size=data["input_size"],
         interpolation=data["interpolation"],
         mean=data["mean"],
         std=data["std"],
         crop_pct=config.crop_pct or data["crop_pct"],
+        use_prefetcher=pixels,
     )
-    return transforms.Compose([_Mode(data["input_size"][0]), crop])
+    return transforms.Compose([PillowMode(data["input_size"][0]), crop])
 
 
-class _Mode:
-    """Grey or colour, whatever the file holds."""
+class PillowMode:
+    """Turns an image grey or coloured, whatever the file holds."""
 
     def __init__(self, channels: int) -> None:
         self.mode = "L" if channels == 1 else "RGB"
 
     def __call__(self, image: Image.Image) -> Image.Image:
+        """The image, converted where it has to be."""
         return image if image.mode == self.mode else image.convert(self.mode)
 
 
@@ -382,7 +304,7 @@ def train_loader(
     """Shuffled batches of equal size; a set that is smaller than one gives one batch.
 
     Args:
-        images: What to draw from.
+        images: What to draw from; with `__getitems__` it makes whole batches itself.
         batch_size: Images of a batch.
         repeats: See `DataConfig.repeats`.
         num_workers: Loading processes.
@@ -390,13 +312,31 @@ def train_loader(
     streamed = isinstance(images, IterableDataset)
     length = 0 if streamed else len(images)  # type: ignore[arg-type]
     sampler = RepeatedSampler(length, repeats) if repeats > 1 and not streamed else None
+    whole = _makes_batches(images)
+    workers = 0 if whole else num_workers
     return DataLoader(
         images,
         batch_size,
         shuffle=sampler is None and not streamed,
         sampler=sampler,
-        num_workers=num_workers,
-        pin_memory=torch.cuda.is_available(),
+        num_workers=workers,
+        collate_fn=_as_it_is if whole else None,
+        pin_memory=torch.cuda.is_available() and not whole,
         drop_last=length >= batch_size,
-        persistent_workers=num_workers > 0,
+        persistent_workers=workers > 0,
     )
+
+
+def eval_loader(images: Dataset[Any], batch_size: int, *, num_workers: int = 0) -> DataLoader[Any]:
+    """All images in order; arguments as above."""
+    if _makes_batches(images):
+        return DataLoader(images, batch_size, collate_fn=_as_it_is)
+    return DataLoader(images, batch_size, num_workers=num_workers)
+
+
+def _makes_batches(images: Any) -> bool:
+    return callable(getattr(images, "__getitems__", None))
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch

@@ -52,7 +52,15 @@ from scanweave.core.training import (
 )
 
 from .averaging import Averaged
-from .data import ImageSets, eval_transform, load_sets, train_loader, train_transform
+from .data import (
+    ImageSets,
+    eval_loader,
+    eval_transform,
+    load_sets,
+    train_loader,
+    train_transform,
+)
+from .in_memory import hold_eval, hold_train
 from .settings import Config
 
 # settings that may differ between a run and its continuation
@@ -170,7 +178,7 @@ def evaluate(
     """
     device = next(model.parameters()).device
     sums, count = torch.zeros(3, device=device), 0
-    for batch, labels in DataLoader(images, batch_size, num_workers=workers):
+    for batch, labels in eval_loader(images, batch_size, num_workers=workers):
         labels = labels.to(device, non_blocking=True)
         batch = batch.to(device, non_blocking=True)
         scores = (model(batch, averaged=True) if averaged else model(batch)).float()
@@ -199,10 +207,7 @@ def fit(
         ValueError: a setting differs from the run that is resumed.
     """
     model = build_model(config, sets) if model is None else model
-    data = resolve_data_config({}, model=model)
-    sets.train.transform = train_transform(config, data)
-    if sets.val is not None:
-        sets.val.transform = eval_transform(config, data)
+    sets = _prepared(config, sets, resolve_data_config({}, model=model))
     loader = train_loader(
         sets.train,
         config.train.batch_size,
@@ -245,6 +250,23 @@ def fit(
         load_checkpoint(result.best_checkpoint, trained)
     best = trained.average.module if isinstance(trained, Averaged) else trained
     return best.eval(), result
+
+
+def _prepared(config: Config, sets: ImageSets, data: dict[str, Any]) -> ImageSets:
+    """The sets, with their transforms; held in memory if the settings say so."""
+    if not config.in_memory:
+        sets.train.transform = train_transform(config, data)
+        if sets.val is not None:
+            sets.val.transform = eval_transform(config, data)
+        return sets
+    kind = torch.accelerator.current_accelerator()
+    device = torch.device("cpu")
+    if kind is not None and torch.accelerator.is_available() and not config.train.cpu:
+        # the launcher's variable, as in `_scaled`
+        device = torch.device(kind.type, int(os.environ.get("LOCAL_RANK", "0")))
+    train = hold_train(sets.train, config, data, device)
+    val = None if sets.val is None else hold_eval(sets.val, config, data, device)
+    return replace(sets, train=train, val=val)
 
 
 def _mixup(config: Config, num_classes: int) -> Mixup:
