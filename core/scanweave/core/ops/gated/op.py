@@ -55,7 +55,7 @@ def _forward(
     if cu_seqlens is not None:
         check_cu_seqlens_values(cu_seqlens, v.shape[1])
     dtype = computing_dtype(*_flat(q, k, v, g, write, skip, initial_state))
-    if dtype == torch.float32 and fused.takes(v, g):
+    if dtype == torch.float32 and fused.takes(v):
         lists = (q, k, v, g, write, skip, initial_state)
         return fused.forward(*lists, cu_seqlens, reverse, exclusive, shift, final)
     none = [None] * len(q)
@@ -91,7 +91,7 @@ def _backward(
 ) -> list[Tensor]:
     inputs = _flat(q, k, v, g, write, skip, initial_state)
     dtype = computing_dtype(*inputs)
-    if dtype == torch.float32 and fused.takes(v, g):
+    if dtype == torch.float32 and fused.takes(v):
         lists = (q, k, v, g, write, skip, initial_state)
         flat = fused.backward(dout, dfinal, *lists, cu_seqlens, reverse, exclusive, shift)
         return [grad.to(x.dtype) for grad, x in zip(flat, inputs, strict=True)]
