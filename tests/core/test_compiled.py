@@ -1,10 +1,8 @@
 """The compiled scan on a CPU: every output and gradient in float64's light, and when it runs."""
 
 import itertools
-import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,7 +23,7 @@ from tests.core.op_cases import (
 from torch import Tensor
 
 from scanweave.core import bidirectional_selective_scan, selective_scan
-from scanweave.core.ops.selective import compiled, portable, selective_scan_ref
+from scanweave.core.ops.selective import compiled, selective_scan_ref
 
 pytestmark = pytest.mark.poison
 Check = Callable[..., None]
@@ -52,17 +50,15 @@ def used(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     if not compiled.status().startswith("on"):
         pytest.skip(f"no compiled scan ({compiled.status()})")
     calls = []
-    run = compiled._run
+    run = compiled.native.run
 
-    def spy(function: Any, arguments: Sequence[int]) -> None:
+    def spy(function: str, arguments: Sequence[int]) -> None:
         calls.append(function)
         run(function, arguments)
 
-    monkeypatch.setattr(compiled, "_run", spy)
+    monkeypatch.setattr(compiled.native, "run", spy)
     yield
-    library = compiled._library()
-    assert library.run_forward in calls
-    assert library.run_backward in calls
+    assert set(calls) == {"scanweave_scan_forward", "scanweave_scan_backward"}
 
 
 @pytest.fixture
@@ -362,46 +358,3 @@ def test_doubles_stay_with_the_portable_path(monkeypatch: pytest.MonkeyPatch):
     inputs = scan_inputs(1, 5, 4, 3, dtype=torch.float32)
     inputs["A"] = inputs["A"].detach().double().requires_grad_()
     evaluate(selective_scan, inputs, **ALL)
-
-
-def test_no_memory_is_an_error():
-    with pytest.raises(MemoryError, match="selective_scan has no memory left"):
-        compiled._run(lambda _: 1, [])
-
-
-@pytest.mark.parametrize(
-    ("environment", "level", "text"),
-    [
-        ({"PATH": "", "CC": ""}, logging.WARNING, "no C compiler; install gcc or clang"),
-        ({"CC": "/no/compiler"}, logging.WARNING, "set it to a C compiler"),
-        ({"CC": "false"}, logging.WARNING, "false failed"),
-        ({"SCANWEAVE_COMPILED": "0"}, logging.INFO, "unset it to compile"),
-    ],
-    ids=["no compiler", "wrong path", "failing compiler", "off"],
-)
-def test_falls_back_with_one_line(
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    tmp_path: Path,
-    environment: dict[str, str],
-    level: int,
-    text: str,
-):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setenv("SCANWEAVE_CACHE", str(tmp_path / "cache"))
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(compiled, "_loaded", None)
-    ran = []
-    scan_forward = portable.scan_forward
-    monkeypatch.setattr(portable, "scan_forward", lambda *a: ran.append(1) or scan_forward(*a))
-    inputs = scan_inputs(2, 33, 5, 3, dtype=torch.float32)
-    with caplog.at_level(logging.INFO, "scanweave"):
-        compare(selective_scan, selective_scan_ref, inputs, **ALL)
-        compare(selective_scan, selective_scan_ref, inputs, **ALL)
-    (record,) = [v for v in caplog.records if v.name == "scanweave"]
-    assert record.levelno == level
-    assert text in record.getMessage()
-    assert compiled.status().startswith("off: ")
-    assert text in compiled.status()
-    assert len(ran) == 2

@@ -1,8 +1,6 @@
 """The compiled short convolution on a CPU: outputs and gradients, and when it runs."""
 
-import logging
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,8 +18,7 @@ from tests.core.op_cases import (
 )
 
 from scanweave.core import causal_conv1d, symmetric_conv1d
-from scanweave.core.ops.conv import compiled, portable
-from scanweave.core.ops.selective import compiled as scan
+from scanweave.core.ops.conv import compiled
 
 pytestmark = pytest.mark.poison
 Check = Callable[..., None]
@@ -36,16 +33,16 @@ ALL: dict[str, Any] = {"return_final_state": True, "activation": "silu"}
 def used(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The test runs the compiled functions, both; skips where there is no compiler."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    if compiled._library() is None:
-        pytest.skip(f"no compiled convolution ({scan.status()})")
+    if not compiled.native.types:
+        pytest.skip(f"no compiled convolution ({compiled.native.status()})")
     calls = []
-    run = compiled._run
+    run = compiled.native.run
 
     def spy(name: str, arguments: list[int]) -> None:
         calls.append(name)
         run(name, arguments)
 
-    monkeypatch.setattr(compiled, "_run", spy)
+    monkeypatch.setattr(compiled.native, "run", spy)
     yield
     assert set(calls) == {"scanweave_conv_forward", "scanweave_conv_backward"}
 
@@ -77,7 +74,7 @@ def test_equals_definition(assert_near: Check, shape: tuple, reverse: bool):
 def test_half_precision_equals_definition(
     assert_near: Check, dtype: torch.dtype, weights: torch.dtype | None
 ):
-    if dtype not in compiled._types():
+    if dtype not in compiled.native.types:
         pytest.skip("the compiler knows no float16")
     for shape in ((2, 45, 33), (1, 300, 70), (1, 1, 1)):
         inputs = conv_inputs(*shape, width=4, dtype=dtype, weights=weights)
@@ -281,45 +278,3 @@ def test_doubles_stay_with_the_portable_path(monkeypatch: pytest.MonkeyPatch):
     evaluate(causal_conv1d, conv_inputs(1, 5, 4, 4), **ALL)
     inputs = conv_inputs(1, 5, 4, 4, dtype=torch.float32, weights=torch.float64)
     evaluate(causal_conv1d, inputs, **ALL)
-
-
-def test_no_memory_is_an_error(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(compiled, "_library", lambda: {"f": lambda _: 1})
-    with pytest.raises(MemoryError, match="the convolution has no memory left"):
-        compiled._run("f", [])
-
-
-@pytest.mark.parametrize(
-    ("environment", "level"),
-    [({"PATH": "", "CC": ""}, logging.WARNING), ({"SCANWEAVE_COMPILED": "0"}, logging.INFO)],
-    ids=["no compiler", "off"],
-)
-def test_falls_back_with_one_line(
-    assert_near: Check,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    tmp_path: Path,
-    environment: dict[str, str],
-    level: int,
-):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setenv("SCANWEAVE_CACHE", str(tmp_path / "cache"))
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(scan, "_loaded", None)
-    ran = []
-    forward = portable.conv_forward
-    monkeypatch.setattr(portable, "conv_forward", lambda *a: ran.append(1) or forward(*a))
-    inputs = conv_inputs(2, 33, 5, 4, dtype=torch.float32)
-    for cached in (compiled._library, compiled._types):
-        cached.cache_clear()
-    try:
-        with caplog.at_level(logging.INFO, "scanweave"):
-            for _ in range(2):
-                compare(assert_near, causal_conv1d, conv_ref, inputs, **ALL)
-    finally:
-        for cached in (compiled._library, compiled._types):
-            cached.cache_clear()
-    (record,) = [v for v in caplog.records if v.name == "scanweave"]
-    assert record.levelno == level
-    assert len(ran) == 2

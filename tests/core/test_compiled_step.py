@@ -1,8 +1,6 @@
 """The compiled step of the selective scan on a CPU: against its definition, and when it runs."""
 
-import logging
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +9,7 @@ from tests.core.op_cases import LAYOUTS, Inputs, each, scan_inputs
 from torch import Tensor
 
 from scanweave.core import selective_scan_step
-from scanweave.core.ops.selective import compiled, compiled_step, selective_scan_ref
+from scanweave.core.ops.selective import compiled_step, selective_scan_ref
 
 pytestmark = pytest.mark.poison
 Check = Callable[..., None]
@@ -34,8 +32,8 @@ TOKENS = ("x", "dt", "B", "C", "z")
 def used(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The test runs the compiled step; skips where there is no compiler."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    if compiled_step._library() is None:
-        pytest.skip(f"no compiled step ({compiled.status()})")
+    if not compiled_step.native.types:
+        pytest.skip(f"no compiled step ({compiled_step.native.status()})")
     calls = []
     step = compiled_step.step
     monkeypatch.setattr(compiled_step, "step", lambda *a: calls.append(1) or step(*a))
@@ -79,7 +77,7 @@ def test_equals_definition(assert_near: Check, shape: tuple, softplus: bool):
 def test_half_precision_equals_definition(
     assert_near: Check, dtype: torch.dtype, weights: torch.dtype | None
 ):
-    if dtype not in compiled_step._types():
+    if dtype not in compiled_step.native.types:
         pytest.skip("the compiler knows no float16")
     for width in (1, 3, 16):
         state, inputs = step_inputs(2, 34, width, groups=2, dtype=dtype, weights=weights)
@@ -162,46 +160,3 @@ def test_doubles_and_nothing_stay_with_pytorch(monkeypatch: pytest.MonkeyPatch):
     for sizes in ((0, 5, 3), (2, 0, 3)):
         state, inputs = step_inputs(*sizes, dtype=torch.float32)
         assert selective_scan_step(state, **inputs).shape == sizes[:2]
-
-
-def test_no_memory_is_an_error(monkeypatch: pytest.MonkeyPatch):
-    class Full:
-        scanweave_step = staticmethod(lambda _: 1)
-
-    monkeypatch.setattr(compiled_step, "_library", Full)
-    state, inputs = step_inputs(2, 5, 3, groups=1, dtype=torch.float32)
-    given = [inputs[k] for k in ("x", "dt", "A", "B", "C", "D", "z", "dt_bias")]
-    with pytest.raises(MemoryError, match="selective_scan_step has no memory left"):
-        compiled_step.step(state, *given, dt_softplus=True)
-
-
-@pytest.mark.parametrize(
-    ("environment", "level"),
-    [({"PATH": "", "CC": ""}, logging.WARNING), ({"SCANWEAVE_COMPILED": "0"}, logging.INFO)],
-    ids=["no compiler", "off"],
-)
-def test_falls_back_with_one_line(
-    assert_near: Check,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    tmp_path: Path,
-    environment: dict[str, str],
-    level: int,
-):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setenv("SCANWEAVE_CACHE", str(tmp_path / "cache"))
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(compiled, "_loaded", None)
-    monkeypatch.setattr(compiled_step, "step", None)
-    for cached in (compiled_step._library, compiled_step._types):
-        cached.cache_clear()
-    try:
-        with caplog.at_level(logging.INFO, "scanweave"):
-            for _ in range(2):
-                compare(assert_near, *step_inputs(2, 5, 3, dtype=torch.float32))
-    finally:
-        for cached in (compiled_step._library, compiled_step._types):
-            cached.cache_clear()
-    (record,) = [v for v in caplog.records if v.name == "scanweave"]
-    assert record.levelno == level

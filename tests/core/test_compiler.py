@@ -142,10 +142,10 @@ def test_scan_compiles_without_openmp_and_for_plain_processors(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("CC", wrapper(tmp_path, "-fopenmp"))
-    library, _ = load_library(compiled.SOURCE)
+    library, _ = load_library(compiled.native.source)
     assert library.scanweave_openmp() == 0
     monkeypatch.setattr(compiler, "EXTRA_FLAGS", ((),))
-    library, _ = load_library(compiled.SOURCE)
+    library, _ = load_library(compiled.native.source)
     assert library.scanweave_lanes() in (4, 8, 16)
     assert source.exists()
 

@@ -89,7 +89,7 @@ def test_paths(
 ):
     if path == "portable":
         monkeypatch.setattr(compiled, "takes", lambda _: False)
-    elif dtype not in compiled._types():
+    elif dtype not in compiled.native.types:
         pytest.skip("no compiler that knows this dtype")
     lengths = (33, 0, 1, 64, 31)
     inputs = linear_inputs(
@@ -108,7 +108,7 @@ def test_paths(
 
 
 def test_compiled_is_used(monkeypatch: pytest.MonkeyPatch):
-    if not compiled._types():
+    if not compiled.native.types:
         pytest.skip("no compiler")
     monkeypatch.setattr(linear_op.portable, "scan_forward", None)
     monkeypatch.setattr(linear_op.portable, "scan_backward", None)

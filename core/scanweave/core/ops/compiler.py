@@ -52,8 +52,7 @@ def load_library(source: Path) -> tuple[ctypes.CDLL, str]:
     """Compile `source` unless the cache has it, and load it.
 
     Args:
-        source: A C file; beside the system's, it includes headers of its folder and, by name,
-            of others.
+        source: A C file; beside the system's, it includes headers by their path from its folder.
 
     Returns:
         The library, and a word on what it was made with.
@@ -66,7 +65,7 @@ def load_library(source: Path) -> tuple[ctypes.CDLL, str]:
     compiler = find_compiler()
     version = _run([*compiler, "--version"])
     folder = _open_cache()
-    headers = sorted({*source.parent.glob("*.h"), *_included(source)})
+    headers = sorted({*source.parent.glob("*.h"), *_included(source)} - {source})
     text = [v.read_bytes() for v in (source, *headers)]
     failure = ""
     for extra in EXTRA_FLAGS:
@@ -91,10 +90,17 @@ def load_library(source: Path) -> tuple[ctypes.CDLL, str]:
     raise BuildError(failure)
 
 
-def _included(source: Path) -> list[Path]:
-    """Headers that a C file includes from other folders."""
-    names = re.findall(r'^#include "(\.\./.+)"$', source.read_text(), re.MULTILINE)
-    return [(source.parent / name).resolve() for name in names]
+def _included(source: Path) -> set[Path]:
+    """Headers that a C file includes by name, and those that they include."""
+    found: set[Path] = set()
+    waiting = [source]
+    while waiting:
+        file = waiting.pop()
+        names = re.findall(r'^#include "(.+)"', file.read_text(), re.MULTILINE)
+        new = {(file.parent / name).resolve() for name in names} - found
+        found |= new
+        waiting.extend(new)
+    return found
 
 
 def find_compiler() -> list[str]:

@@ -12,7 +12,6 @@
  *
  * Letters: B batch, L length, D channels, W taps, S packed sequences.
  */
-#define _POSIX_C_SOURCE 200112L /* posix_memalign */
 #include "../selective/lanes.h"
 
 #define VECTORS 4
@@ -43,14 +42,6 @@ typedef struct {
     Rows dy, dx, dstate;   /* dstate: zeros */
     float *dweight, *dbias; /* (D, W), (D,) */
 } Backward;
-
-int scanweave_conv_float16(void) {
-#if defined(__FLT16_MAX__)
-    return 1;
-#else
-    return 0;
-#endif
-}
 
 typedef float Panel[PANEL] __attribute__((aligned(64)));
 
@@ -311,11 +302,6 @@ static void add_pieces(const Backward *b, Panel *sums, int64_t pieces, int64_t p
             else b->dweight[(at.channel + i) * width + tap] = value[i];
         }
     }
-}
-
-static void *allocate(size_t bytes) {
-    void *memory = NULL;
-    return posix_memalign(&memory, 64, bytes ? bytes : 64) ? NULL : memory;
 }
 
 /* 0, or 1 without memory */

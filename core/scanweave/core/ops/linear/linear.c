@@ -8,7 +8,6 @@
  *
  * Letters: S sequences, T tokens, D channels.
  */
-#define _POSIX_C_SOURCE 200112L /* posix_memalign */
 #include "../selective/lanes.h"
 
 #define VECTORS 4
@@ -40,14 +39,6 @@ typedef struct {
     Rows dx, dlog_a;     /* dlog_a of constant decays: (S, D) float32 */
     float *dinitial;     /* (S, D) */
 } Backward;
-
-int scanweave_linear_float16(void) {
-#if defined(__FLT16_MAX__)
-    return 1;
-#else
-    return 0;
-#endif
-}
 
 typedef float Panel[PANEL] __attribute__((aligned(64)));
 
@@ -182,11 +173,6 @@ static void backward_item(const Backward *b, int64_t s, Item item, Panel *memory
     memcpy(carry, e, sizeof(Panel));
     write_state(b->dinitial, carry, in, s, &item);
     if (in->constant) write_state((float *)b->dlog_a.pointer, *total, in, s, &item);
-}
-
-static void *allocate(size_t bytes) {
-    void *memory = NULL;
-    return posix_memalign(&memory, 64, bytes) ? NULL : memory;
 }
 
 static int64_t longest(const Inputs *in) {

@@ -3,45 +3,20 @@
     takes   whether the compiled library runs these tensors
     step    state updated in place
 
-Compiled when the first step on a CPU runs. Without a compiler `step.py` computes it in PyTorch, and
-`compiled.py` says so in the log: it is the same compiler.
+Without a compiler `step.py` computes it in PyTorch.
 """
 
-import ctypes
-import functools
-import os
-from typing import Any
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..compiler import BuildError, load_library
 from ..launch import adjacent
-from . import compiled
+from ..native import TYPES, Native, floats, pointer, threads
 
-SOURCE = compiled.SOURCE.with_name("step.c")
+native = Native(Path(__file__).with_name("step.c"), "selective_scan_step")
 # state entries that pay for waking a thread: about 30 us of work
 WORK_PER_THREAD = 1 << 17
-_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-
-
-@functools.cache
-def _library() -> ctypes.CDLL | None:
-    if os.environ.get("SCANWEAVE_COMPILED") != "0":
-        try:
-            return load_library(SOURCE)[0]
-        except BuildError:
-            pass
-    compiled.status()
-    return None
-
-
-@functools.cache
-def _types() -> frozenset[torch.dtype]:
-    library = _library()
-    if library is None:
-        return frozenset()
-    return frozenset(v for v in _TYPES if v != torch.float16 or library.scanweave_step_float16())
 
 
 def takes(state: Tensor, *others: Tensor | None) -> bool:
@@ -50,19 +25,14 @@ def takes(state: Tensor, *others: Tensor | None) -> bool:
         return False
     if state.stride(2) != 1 and state.shape[2] != 1:
         return False
-    types = _types()
-    return all(v is None or v.dtype in types for v in others)
+    return native.takes(others)
 
 
 def _rows(v: Tensor | None) -> tuple[int, int, int, int]:
     """Pointer, dtype and strides of (B, D) or (B, G, N) with adjacent last elements."""
     if v is None:
         return (0, 0, 0, 0)
-    return (v.data_ptr(), _TYPES[v.dtype], v.stride(0), v.stride(1))
-
-
-def _floats(v: Tensor | None) -> Tensor | None:
-    return None if v is None else v.to(torch.float32).contiguous()
+    return (v.data_ptr(), TYPES[v.dtype], v.stride(0), v.stride(1))
 
 
 def step(
@@ -80,15 +50,13 @@ def step(
     """Advance `state` (B, D, N) by one token and return y (B, D); as the registered op."""
     y = x.new_empty(x.shape)
     rows = [None if v is None else adjacent(v) for v in (x, dt, z, B, C)]
-    small = [_floats(v) for v in (A, D, dt_bias)]
+    small = [floats(v) for v in (A, D, dt_bias)]
     arguments = [
-        max(1, min(torch.get_num_threads(), state.numel() // WORK_PER_THREAD)),
+        threads(state.numel(), WORK_PER_THREAD),
         *(*state.shape, B.shape[1], dt_softplus),
         *(state.data_ptr(), state.stride(0), state.stride(1)),
-        *(0 if v is None else v.data_ptr() for v in small),
+        *(pointer(v) for v in small),
         *(field for v in (*rows, y) for field in _rows(v)),
     ]
-    library: Any = _library()
-    if library.scanweave_step((ctypes.c_int64 * len(arguments))(*arguments)):
-        raise MemoryError("selective_scan_step has no memory left; use smaller batches")
+    native.run("scanweave_step", arguments)
     return y

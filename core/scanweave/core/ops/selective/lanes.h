@@ -1,7 +1,10 @@
-/* Vectors of the machine's width, the functions of a scan on them, and rows of any dtype. */
+/* Vectors of the machine's width, the functions of a scan on them, and rows of any dtype.
+ *
+ * Included before everything else: it asks the system's headers for posix_memalign. */
 #ifndef SCANWEAVE_LANES_H
 #define SCANWEAVE_LANES_H
 
+#define _POSIX_C_SOURCE 200112L /* posix_memalign */
 #include <math.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -31,6 +34,32 @@ typedef int32_t vi __attribute__((vector_size(4 * VL), may_alias));
 #define INLINE static inline __attribute__((always_inline))
 
 enum { FLOAT32, BFLOAT16, FLOAT16 };
+
+/* ---- what Python asks a library ---- */
+
+int scanweave_lanes(void) { return VL; }
+
+int scanweave_float16(void) {
+#if defined(__FLT16_MAX__)
+    return 1;
+#else
+    return 0;
+#endif
+}
+
+int scanweave_openmp(void) {
+#if defined(_OPENMP)
+    return 1;
+#else
+    return 0;
+#endif
+}
+
+/* a vector's start, or NULL */
+INLINE void *allocate(size_t bytes) {
+    void *memory = NULL;
+    return posix_memalign(&memory, 64, bytes ? bytes : 64) ? NULL : memory;
+}
 
 /* ---- numbers ---- */
 

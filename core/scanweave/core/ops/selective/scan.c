@@ -13,7 +13,6 @@
  *
  * Letters: S sequences, T tokens, D channels, N state, G groups.
  */
-#define _POSIX_C_SOURCE 200112L /* posix_memalign */
 #include "chunk.h"
 
 #define PANEL 4 /* blocks that share one pass over B and C */
@@ -40,31 +39,7 @@ typedef struct {
     int64_t *bounds;                          /* (parts + 1,) ranges of items */
 } Plan;
 
-/* whether the compiler knows float16 */
-int scanweave_float16(void) {
-#if defined(__FLT16_MAX__)
-    return 1;
-#else
-    return 0;
-#endif
-}
-
-int scanweave_lanes(void) { return VL; }
-
-int scanweave_openmp(void) {
-#if defined(_OPENMP)
-    return 1;
-#else
-    return 0;
-#endif
-}
-
 /* ---- plans and memory ---- */
-
-static void *allocate(size_t bytes) {
-    void *memory = NULL;
-    return posix_memalign(&memory, 64, bytes ? bytes : 64) ? NULL : memory;
-}
 
 static int make_plan(Plan *plan, const Inputs *in) {
     plan->per_group = in->dim / in->groups;

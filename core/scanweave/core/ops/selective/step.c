@@ -7,7 +7,6 @@
  *
  * Letters: B batch, D channels, N state, G groups.
  */
-#define _POSIX_C_SOURCE 200112L /* posix_memalign */
 #include "lanes.h"
 
 #define LOG2_E 1.44269504f
@@ -24,14 +23,6 @@ typedef struct {
     const float *A, *D, *bias; /* (D, N), (D,), (D,); contiguous */
     Rows x, dt, z, B, C, y;
 } Step;
-
-int scanweave_step_float16(void) {
-#if defined(__FLT16_MAX__)
-    return 1;
-#else
-    return 0;
-#endif
-}
 
 INLINE vf read_lanes(const Rows *r, int64_t b, int64_t channel, int lanes) {
     vf v = splat(0);
@@ -146,8 +137,7 @@ int scanweave_step(const Step *s) {
     int failed = 0;
 #pragma omp parallel num_threads((int)s->parts) if (s->parts > 1) reduction(| : failed)
     {
-        void *memory = NULL;
-        if (posix_memalign(&memory, 64, sizeof(vf) * (size_t)(5 * s->state))) memory = NULL;
+        void *memory = allocate(sizeof(vf) * (size_t)(5 * s->state));
         if (memory) memset(memory, 0, sizeof(vf) * (size_t)(5 * s->state));
         failed |= !memory;
 #pragma omp for schedule(static)
