@@ -60,9 +60,8 @@ def backward(
         spans = split(dt, groups, state, sequences, cu_seqlens is not None)
         slots = sequences if spans is None else spans.slots
         dh = None if dfinal is None else dfinal[k].contiguous()
-        rates = torch.empty(A.shape[::-1], dtype=torch.float32, device=x.device)
-        torch.mul(A.t().float(), LOG2_E.value, out=rates)
         if spans is not None:
+            rates = A.t().float().contiguous() * LOG2_E.value
             dh = entering(
                 inputs, dout, rates, dh, z, cu_seqlens, paths, reverse[k], softplus, spans, True
             )
@@ -82,7 +81,6 @@ def backward(
                     xk,
                     dt,
                     A,
-                    rates,
                     B,
                     C,
                     D,
@@ -126,7 +124,6 @@ def backward(
                     EVEN_D=(dim // groups) % plan.block_d == 0,
                     BLOCK_N=plan.block_n,
                     BLOCK_D=plan.block_d,
-                    LANE_D=max(1, plan.block_d // 32),
                     WINDOW=plan.window,
                     DEEP=DEEP,
                     num_warps=1,

@@ -25,7 +25,6 @@ def backward_kernel(
     x_ptr,
     dt_ptr,
     A_ptr,  # (D, N)
-    rates_ptr,  # (N, D): log2(e) A
     B_ptr,
     C_ptr,
     D_ptr,
@@ -88,7 +87,6 @@ def backward_kernel(
     EVEN_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    LANE_D: tl.constexpr,
     WINDOW: tl.constexpr,
     DEEP: tl.constexpr,
 ):
@@ -137,7 +135,6 @@ def backward_kernel(
     next_part = programs * STATE
     parked = BLOCK_D * BLOCK_N
     scratch_ptr += (slot * programs + pid_d) * (chunk // WINDOW) * parked
-    column_ptr = scratch_ptr + offs_b[None, :] * BLOCK_N + offs_n[:, None]
     scratch_ptr += offs_b[:, None] * BLOCK_N + offs_n[None, :]
     chunks = tl.cdiv(steps, chunk)
     for ci in range(chunks):
@@ -193,55 +190,32 @@ def backward_kernel(
             # every window's first state was kept
             h = tl.load(keep_chunk + (windows - 1) * STATE * dim, mask=mask, other=0.0)
         else:
-            # 1. recompute the chunk's states up to its last window, and park the one before each.
-            # Nothing is summed over channels here, so a thread has whole columns of its own
-            turned = offs_n[:, None] * dim + tl.max_contiguous(offs_d, LANE_D)[None, :]
-            mask_c = mask_n[:, None] & mask_d[None, :]
-            rates = tl.load(rates_ptr + turned, mask=mask_c, other=0.0)
-            column = tl.load(keep_ptr + (kept + c) * STATE * dim + turned, mask=mask_c, other=0.0)
+            h = tl.load(keep_chunk, mask=mask, other=0.0)
+            # 1. recompute the chunk's states up to its last window, and park the one before each
             recomputed = (windows - 1) * WINDOW
-            x_next = ()
-            dt_next = ()
-            B_next = ()
-            for i in tl.static_range(DEEP):
-                at = token_at(path, tl.minimum(i, count - 1), ahead, PATH, WIDE)
-                x_next = x_next + (load_row(x_chunk + (at * stride_xl + offs_x), mask_d, EVEN_D),)
-                dt_next = dt_next + (
-                    load_row(dt_chunk + (at * stride_dtl + offs_d), mask_d, EVEN_D),
-                )
-                B_next = B_next + (load_row(B_chunk + (at * stride_Bl + offs_n), mask_n, EVEN_N),)
             for w in range(tl.cdiv(recomputed, DEEP)):
-                x_now = x_next
-                dt_now = dt_next
-                B_now = B_next
-                x_next = ()
-                dt_next = ()
-                B_next = ()
+                x_now = ()
+                dt_now = ()
+                B_now = ()
                 for i in tl.static_range(DEEP):
-                    t = tl.minimum((w + 1) * DEEP + i, count - 1)
+                    t = tl.minimum(w * DEEP + i, count - 1)
                     at = token_at(path, t, ahead, PATH, WIDE)
-                    x_next = x_next + (
-                        load_row(x_chunk + (at * stride_xl + offs_x), mask_d, EVEN_D),
-                    )
-                    dt_next = dt_next + (
+                    x_now = x_now + (load_row(x_chunk + (at * stride_xl + offs_x), mask_d, EVEN_D),)
+                    dt_now = dt_now + (
                         load_row(dt_chunk + (at * stride_dtl + offs_d), mask_d, EVEN_D),
                     )
-                    B_next = B_next + (
-                        load_row(B_chunk + (at * stride_Bl + offs_n), mask_n, EVEN_N),
-                    )
+                    B_now = B_now + (load_row(B_chunk + (at * stride_Bl + offs_n), mask_n, EVEN_N),)
                 for i in tl.static_range(DEEP):
                     if i % WINDOW == 0:
-                        tl.store(column_ptr + (w * DEEP + i) // WINDOW * parked, column)
+                        tl.store(scratch_ptr + (w * DEEP + i) // WINDOW * parked, h)
                     delta = dt_now[i].to(tl.float32) + bias
                     if SOFTPLUS:
                         delta = softplus(delta)
                     delta = tl.where(w * DEEP + i < recomputed, delta, 0.0)
                     u = delta * x_now[i].to(tl.float32)
                     B = B_now[i].to(tl.float32)
-                    column = tl.exp2(rates * delta[None, :]) * column + u[None, :] * B[:, None]
-            tl.store(column_ptr + (windows - 1) * parked, column)
+                    h = tl.exp2(A * delta[:, None]) * h + u[:, None] * B[None, :]
             tl.debug_barrier()
-            h = tl.load(scratch_ptr + (windows - 1) * parked)
 
         # 2. walk the windows back, one window of rows and states ahead
         h_ahead = h
