@@ -6,7 +6,7 @@ DATA holds Fashion-MNIST as its four IDX files (`train-images-idx3-ubyte.gz`, ..
 `cifar10_jpeg.npz`, directly or in folders. That CIFAR-10 is a JPEG-compressed copy, so accuracies
 are not those of the original images. `sweep.py` says what is written where, and what is run again.
 
-Every model has 1.06 to 1.11 million parameters and is trained by `scanweave.vision.train` with the
+Every model has 1.07 to 1.11 million parameters and is trained by `scanweave.vision.train` with the
 same settings, which were not tuned for any of them: patches of 4 pixels (49 or 64 tokens), AdamW,
 cosine schedule, label smoothing, crops shifted by up to an eighth, mirror images. Reported is the
 test accuracy of the averaged weights after the last step; no run or epoch is picked by it.
