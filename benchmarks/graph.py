@@ -1,0 +1,341 @@
+"""Measure graph layers: `python -m benchmarks.graph batches`, `... growth`; see the README.
+
+    batches   one layer on a batch of graphs: packed, padded, and PyG's GPS layers
+    growth    one layer on one graph of 500 to 1,000,000 nodes, and the exponent of its growth
+    plot      time and memory of `growth` over the number of nodes
+
+Every implementation is compared with a float64 copy of itself first, output and gradients, and the
+padded layer with the packed one; one that is off is not timed.
+"""
+
+import argparse
+import copy
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .check import PEER_FACTOR
+from .graph_batches import SETS, GraphBatch, one_graph, set_batch
+from .graph_layers import CHANNELS, GROWING, LAYERS, STATE, too_large
+from .report import Environment, Row, environment, markdown, version, write_csv
+from .timing import graph_time, kernel_time, measure, peak_memory
+
+PASSES = {"inference": "forward", "training": "forward+backward"}
+SIZES = (500, 2_000, 10_000, 50_000, 200_000, 1_000_000)
+# a layer rounds in several places, float32 without TF32; other packages may be off by more, as in
+# `check.py`. Padding that leaks shows at 3e-5 and more
+LIMITS = {torch.float32: 1e-5, torch.bfloat16: 0.1}
+# the float64 copy loops over time where there is one sequence: larger graphs run the same code
+CHECKED_NODES = 20_000
+# graphs that a fitted line starts at: launches take most of the time below
+FITTED_NODES = 50_000
+
+
+def _call(model: nn.Module, x: Tensor, passes: str, dtype: torch.dtype) -> Callable[[], object]:
+    """A pass of a layer, output or gradients, in autocast for 16-bit types."""
+    half = dtype != torch.float32
+    leaves = [x, *(p for p in model.parameters() if p.requires_grad)]
+    weight = torch.randn(x.shape, generator=torch.Generator().manual_seed(3)).to(x)
+
+    def run() -> Tensor:
+        with torch.autocast(x.device.type, dtype, half):
+            return model(x)
+
+    def training() -> tuple[Tensor, ...]:
+        return torch.autograd.grad((run() * weight).sum(), leaves, allow_unused=True)
+
+    def inference() -> Tensor:
+        with torch.no_grad():
+            return run()
+
+    return training if passes == PASSES["training"] else inference
+
+
+def _relative(found: Tensor, wanted: Tensor) -> float:
+    off = (found.double() - wanted.double()).norm() / wanted.double().norm().clamp(min=1e-30)
+    return off.item()
+
+
+def _results(model: nn.Module, x: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """Output and the gradient of x, in training mode."""
+    model.train()
+    grads = _call(model, x, PASSES["training"], dtype)()
+    out = _call(model, x, PASSES["inference"], dtype)()
+    assert isinstance(out, Tensor)
+    assert isinstance(grads, tuple)
+    return [out, grads[0]]
+
+
+def check(model: nn.Module, exact: nn.Module, x: Tensor, dtype: torch.dtype) -> float:
+    """Largest relative error of output and gradient against a float64 module."""
+    wide = x.detach().double().requires_grad_()
+    wanted = _results(exact, wide, torch.float32)
+    found = _results(model, x, dtype)
+    return max(_relative(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+def say(text: str) -> None:
+    """Write a line at once: a run that is cut short has said what it measured."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+class Run:
+    """One command's settings, and what it has measured.
+
+    Args:
+        device: Where to run.
+        dtype: Of the activations.
+        names: Implementations.
+        out: CSV to append to, after every row.
+        toy: Two samples of each.
+        deadline: By the monotonic clock; nothing is started after it.
+        commit: What to write where there is no git checkout.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        names: Sequence[str],
+        out: Path | None,
+        toy: bool,
+        deadline: float = math.inf,
+        commit: str | None = None,
+    ):
+        self.device, self.dtype, self.names, self.out, self.toy = device, dtype, names, out, toy
+        self.deadline = deadline
+        self.where: Environment = environment(device, commit)
+        self.rows: list[Row] = []
+        self.wrong: list[str] = []
+
+    def late(self) -> bool:
+        """Whether the time is up."""
+        return time.monotonic() > self.deadline
+
+    def emit(self, row: Row) -> None:
+        """Keep a row, write it, show it."""
+        self.rows.append(row)
+        if self.out is not None:
+            write_csv(self.out, self.where, [row])
+        shown = row.note if row.time_us is None else f"{row.time_us:,.0f} us, {row.peak_mb} MB"
+        say(f"{row.shape} {row.passes} {row.implementation}: {shown}")
+
+    def measure(self, op: str, batch: GraphBatch) -> None:
+        """Check and time every implementation on one batch."""
+        batch = batch.to(self.device)
+        kind = str(self.dtype).removeprefix("torch.")
+        sizes = (batch.num_graphs, batch.nodes, CHANNELS, STATE)
+        x = torch.randn(batch.nodes, CHANNELS, generator=torch.Generator().manual_seed(0))
+        x = x.to(self.device).requires_grad_()
+        for name in self.names:
+            if self.late():
+                return
+            package = "torch_geometric" if name.startswith("GPS") else "scanweave"
+            row = Row(op, batch.name, *sizes, kind, "", name, version(package))
+            if too_large(name, batch):
+                self.emit(replace(row, passes=PASSES["inference"], note="not tried: quadratic"))
+                continue
+            try:
+                self._one(row, batch, x)
+            except Exception as reason:
+                if package == "scanweave":
+                    raise
+                # foreign code on a platform or in a dtype that it may not know raises anything
+                self.emit(replace(row, passes=PASSES["inference"], note=f"fails: {_line(reason)}"))
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def _one(self, row: Row, batch: GraphBatch, x: Tensor) -> None:
+        name = row.implementation
+        torch.manual_seed(0)
+        model = LAYERS[name](batch).to(self.device)
+        error, by = None, ""
+        if batch.nodes <= CHECKED_NODES:
+            # padding must change nothing: the packed layer in float64 is what both should give
+            twin = name.replace("padded", "packed")
+            exact = copy.deepcopy(model) if twin == name else LAYERS[twin](batch).to(self.device)
+            if twin != name:
+                exact.load_state_dict(
+                    {k.replace("mixer.mixer.", "mixer."): v for k, v in model.state_dict().items()}
+                )
+            by = f"{twin}, float64"
+            error = check(model, exact.double(), x, self.dtype)
+            factor = PEER_FACTOR if name.startswith("GPS") else 1.0
+            if not error <= factor * LIMITS[self.dtype]:
+                note = f"not timed: off by {error:.2g} from {by}"
+                self.wrong.append(f"{batch.name} {name} {note}")
+                self.emit(replace(row, passes=PASSES["inference"], note=note))
+                return
+        for mode, passes in PASSES.items():
+            model.train(mode == "training")
+            call = _call(model, x, passes, self.dtype)
+            try:
+                found = measure({name: call}, self.device, self.toy)[name]
+            except torch.OutOfMemoryError:
+                self.emit(replace(row, passes=passes, note="out of memory"))
+                continue
+            kernel, graph, notes = None, None, [batch.source]
+            if self.device.type == "cuda":
+                about = found.median
+                kernel = _tried("kernel time", lambda: kernel_time(call, self.device, about), notes)  # noqa: B023
+                if row.op == "graph_batch":
+                    graph = _tried("graph", lambda: graph_time(call, self.device), notes)  # noqa: B023
+            self.emit(
+                replace(
+                    row,
+                    passes=passes,
+                    median_us=found.median,
+                    p20_us=found.p20,
+                    p80_us=found.p80,
+                    samples=found.samples,
+                    cpu_us=found.cpu,
+                    kernel_us=kernel,
+                    graph_us=graph,
+                    peak_mb=peak_memory(call, self.device),
+                    error=error,
+                    checked_by=by,
+                    note="; ".join(notes),
+                )
+            )
+
+
+def _tried(what: str, function: Callable[[], float], notes: list[str]) -> float | None:
+    """A time, or None and why in `notes`."""
+    try:
+        return function()
+    except RuntimeError as reason:
+        notes.append(f"no {what}: {_line(reason)}")
+        return None
+
+
+def _line(reason: Exception) -> str:
+    return (str(reason).strip() or type(reason).__name__).splitlines()[0][:80]
+
+
+def exponents(rows: Sequence[Row], start: int = FITTED_NODES) -> list[tuple[str, str, str, float]]:
+    """Slope of log value over log nodes by least squares: 1 is linear.
+
+    Args:
+        rows: Rows of `growth`.
+        start: Graphs with fewer nodes are left out, unless fewer than three sizes remain.
+
+    Returns:
+        Implementation, pass, `time` or `memory`, slope.
+    """
+    found = []
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        if row.op == "graph_growth" and row.time_us is not None:
+            groups.setdefault((row.implementation, row.passes), []).append(row)
+    for (name, passes), group in groups.items():
+        used = [row for row in group if row.length >= start]
+        used = used if len(used) >= 3 else group[-3:]
+        for what, field in (("time", "time_us"), ("memory", "peak_mb")):
+            points = [(row.length, getattr(row, field)) for row in used]
+            points = [(math.log(n), math.log(v)) for n, v in points if v]
+            if len(points) > 1:
+                found.append((name, passes, what, _slope(points)))
+    return found
+
+
+def _slope(points: Sequence[tuple[float, float]]) -> float:
+    mean_x = sum(x for x, _ in points) / len(points)
+    mean_y = sum(y for _, y in points) / len(points)
+    above = sum((x - mean_x) * (y - mean_y) for x, y in points)
+    return above / sum((x - mean_x) ** 2 for x, _ in points)
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Rows as they stand in the README: inference / training."""
+    header = [
+        "batch",
+        "implementation",
+        "kernels, ms",
+        "clock, ms",
+        "graph, ms",
+        "million nodes/s",
+        "peak MB",
+    ]
+    groups: dict[tuple[str, str], dict[str, Row]] = {}
+    for row in rows:
+        if row.median_us is not None:
+            groups.setdefault((row.shape, row.implementation), {})[row.passes] = row
+    lines = []
+    for (shape, name), found in groups.items():
+        cells = []
+        kinds: tuple[Callable[[Row], float | None], ...] = (
+            lambda r: r.kernel_us and r.kernel_us / 1e3,
+            lambda r: r.median_us and r.median_us / 1e3,
+            lambda r: r.graph_us and r.graph_us / 1e3,
+            lambda r: r.time_us and r.length / r.time_us,
+            lambda r: r.peak_mb,
+        )
+        cells = [
+            " / ".join("-" if (v := kind(r)) is None else f"{v:,.3g}" for r in found.values())
+            for kind in kinds
+        ]
+        lines.append([shape, name, *cells])
+    return markdown(header, lines)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.graph", description=__doc__)
+    parser.add_argument("what", choices=["batches", "growth", "plot"])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--toy", action="store_true", help="sizes that cost nothing")
+    parser.add_argument("--data-dir", type=Path, help="folder with the real sets' files")
+    parser.add_argument("--layers", help=f"only these, with ; between: {'; '.join(LAYERS)}")
+    parser.add_argument("--sets", default="peptides,proteins", help="of batches")
+    parser.add_argument("--largest", type=int, default=SIZES[-1], help="nodes, of growth")
+    parser.add_argument("--seconds", type=float, help="start nothing after so many")
+    parser.add_argument("--out", type=Path, help="CSV to append to; of plot, the CSV to read")
+    parser.add_argument("--commit", help="commit to write where there is no git checkout")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; 0, or 1 if a check failed."""
+    parser = _parser()
+    args = parser.parse_args(arguments)
+    if args.what == "plot":
+        if args.out is None:
+            parser.error("--out must name the CSV to draw, got none")
+        from .graph_plot import save
+
+        sys.stdout.write(f"{save(args.out)}\n")
+        return 0
+    device = torch.device(args.device)
+    names: Sequence[str] = GROWING if args.what == "growth" else list(LAYERS)
+    if args.layers is not None:
+        names = [name.strip() for name in args.layers.split(";")]
+    if wrong := set(names) - set(LAYERS):
+        parser.error(f"--layers must be among {'; '.join(LAYERS)}, got {sorted(wrong)}")
+    deadline = math.inf if args.seconds is None else time.monotonic() + args.seconds
+    run = Run(device, getattr(torch, args.dtype), names, args.out, args.toy, deadline, args.commit)
+    if args.what == "batches":
+        for name in args.sets.split(","):
+            batch = set_batch(SETS[name], 4 if args.toy else 128, args.data_dir)
+            say(f"{batch.name}: {batch.nodes} nodes, padding {batch.padding:.0%}, {batch.source}")
+            run.measure("graph_batch", batch)
+    else:
+        for nodes in (50, 100, 200) if args.toy else SIZES:
+            if nodes <= args.largest:
+                run.measure("graph_growth", one_graph(nodes))
+    say(table(run.rows))
+    for name, passes, what, slope in exponents(run.rows):
+        say(f"{name} {passes}: {what} grows with n^{slope:.2f}")
+    for line in run.wrong:
+        say(line)
+    return 1 if run.wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
