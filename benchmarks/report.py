@@ -7,8 +7,9 @@ import os
 import platform
 import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import Field, asdict, dataclass, fields
 from pathlib import Path
+from typing import Any, ClassVar, Protocol
 
 import torch
 
@@ -147,12 +148,18 @@ class AccuracyRow:
     checked_by: str
 
 
-def columns(row: type[Row] | type[AccuracyRow]) -> list[str]:
+class Record(Protocol):
+    """A dataclass whose fields are columns."""
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
+
+def columns(row: type[Record]) -> list[str]:
     """Header of the CSV that holds such rows."""
     return [f.name for f in (*fields(Environment), *fields(row))]
 
 
-def write_csv(path: Path, where: Environment, rows: Sequence[Row] | Sequence[AccuracyRow]) -> None:
+def write_csv(path: Path, where: Environment, rows: Sequence[Record]) -> None:
     """Append rows to a CSV, with a header if it is new.
 
     Raises:
