@@ -223,8 +223,8 @@ class LocalMamba(nn.Module):
         for k in range(len(self.directions)):
             _, dt, A, B, C, D, _, bias = self._scan_inputs(both, k)
             delta = F.softplus((dt + bias).to(A.dtype))
-            place = getattr(self, f"inverse_{k}")
-            made.append(ScanMatrix(delta, A, *(v.to(A.dtype) for v in (B, C, D)), place))
+            B, C, D = B.to(A.dtype), C.to(A.dtype), D.to(A.dtype)
+            made.append(ScanMatrix(delta, A, B, C, D, getattr(self, f"inverse_{k}")))
         return made
 
     def core(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,8 @@ Letters: B batch, L tokens, E channels, N state.
 
     ScanMatrix   the matrix of one direction: whole, or averaged over channels block by block
 
-Source: Ali, Zimerman & Wolf 2024, The Hidden Attention of Mamba Models, arXiv 2403.01590, section 3.
+Source: Ali, Zimerman & Wolf 2024, The Hidden Attention of Mamba Models, arXiv 2403.01590,
+    section 3.
 """
 
 from dataclasses import dataclass
