@@ -152,10 +152,7 @@ def test_heat_maps_find_the_patch_that_decides(name: str) -> None:
     Chance is one in sixteen. Other seeds of the weights give 0.4 to 0.6 and 0.3 to 0.5.
     """
     torch.manual_seed(0)
-    if name == "vmamba":
-        model = stages(depths=(2, 1))
-    else:
-        model = tiny("test_mambar", d_state=4)
+    model = stages(depths=(2, 1)) if name == "vmamba" else tiny("test_mambar", d_state=4)
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), 5e-3, weight_decay=0.01)
     for step in range(80):
