@@ -59,6 +59,24 @@ def test_edge_inputs_reach_their_layers(random_graphs):
         ).all()
 
 
+@pytest.mark.parametrize("jk", [None, "last", "cat", "max", "lstm"])
+@pytest.mark.parametrize(("out_channels", "width"), [(None, 8), (3, 3)])
+def test_jumping_knowledge(jk, out_channels, width, random_graphs):
+    x, edges, batch = random_graphs([5, 1, 6])
+    net = GraphMambaNet(16, 8, 2, out_channels, jk=jk, share_prefix=True, **SMALL).double().eval()
+    assert all(conv.share_prefix for conv in net.convs)
+    assert net(x, edges, batch=batch).shape == (12, width)
+    first = [p for name, p in net.named_parameters() if name.startswith("convs.0.conv")]
+    (net(x, edges, batch=batch) ** 2).sum().backward()
+    assert all(p.grad is not None for p in first)
+    if jk in ("cat", "max"):
+        # the first layer's output is read directly
+        seen = []
+        net.jk.register_forward_pre_hook(lambda module, args: seen.extend(args[0]))
+        net(x, edges, batch=batch)
+        assert len(seen) == 2
+
+
 def test_walks_and_order_may_be_given(random_graphs):
     x, edges, _ = random_graphs([6])
     net = GraphMambaNet(16, 12, 1, **SMALL).double().eval()
@@ -112,6 +130,7 @@ def test_reset_parameters_repeats():
     [
         ({"num_layers": 0}, "num_layers must be at least 1, got 0"),
         ({"pe_channels": -1}, "pe_channels must be at least 0, got -1"),
+        ({"jk": "sum"}, "jk must be None, 'last', 'cat', 'max' or 'lstm', got 'sum'"),
     ],
 )
 def test_constructor_refuses(kwargs, message):

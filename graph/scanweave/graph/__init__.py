@@ -4,6 +4,8 @@
     GraphMamba       a stack of them, in the style of PyG's `BasicGNN`
     GMNConv          Graph Mamba Networks: subgraph tokens of every node, then nodes
     GraphMambaNet    the whole of that network
+    NodeHead, …      heads for nodes, graphs and links
+    GatedGCNConv     the local convolution of Graph-Mamba, which updates edge features
     degree_order, …  node orders: plain functions (see `orders.py`)
     AddNodeOrder     transform: compute an order once per graph
     AddWalkTokens    transform: draw the walks of subgraph tokens once per graph
@@ -31,7 +33,9 @@ from .conv import GraphMambaConv
 from .datasets import GraphSplits, load_splits
 from .digits import digit_graphs
 from .encodings import AddLapPE, AddRWSE
+from .gated_gcn import GatedGCNConv, gated_gcn_conv
 from .gmn import GMNConv
+from .heads import GraphHead, LinkHead, NodeHead
 from .hilbert import hilbert_scores
 from .local import ENCODERS, GINEncoder, MeanEncoder, RWFEncoder
 from .model import GraphMamba, gcn_conv, gin_conv
@@ -46,6 +50,7 @@ from .ordering import (
     rcm_order,
 )
 from .orders import ORDERS
+from .separate import SeparateBiMamba
 from .spectral import fiedler_order
 from .transforms import AddNodeOrder, AddWalkTokens
 
@@ -58,18 +63,24 @@ __all__ = [
     "AddWalkTokens",
     "GINEncoder",
     "GMNConv",
+    "GatedGCNConv",
+    "GraphHead",
     "GraphMamba",
     "GraphMambaConv",
     "GraphMambaNet",
     "GraphSplits",
+    "LinkHead",
     "MeanEncoder",
+    "NodeHead",
     "Order",
     "RWFEncoder",
+    "SeparateBiMamba",
     "bfs_order",
     "degree_order",
     "digit_graphs",
     "eigenvector_order",
     "fiedler_order",
+    "gated_gcn_conv",
     "gcn_conv",
     "gin_conv",
     "hilbert_scores",

@@ -33,11 +33,16 @@ from .packing import (
     to_nodes,
     to_sequences,
 )
+from .separate import SeparateBiMamba
 
 Ties = Literal["noise", "fresh", "index"]
 
 # the inner width of both Graph Mamba papers' layers; the mixers' own default is twice that
-_MIXER_DEFAULTS: dict[str, dict[str, Any]] = {"mamba": {"expand": 1}, "bimamba": {"expand": 1}}
+_MIXER_DEFAULTS: dict[str, dict[str, Any]] = {
+    "bimamba": {"expand": 1},
+    "bimamba_separate": {"expand": 1},
+    "mamba": {"expand": 1},
+}
 
 
 class NodeMixing(nn.Module):
@@ -193,7 +198,10 @@ def make_mixer(
 ) -> Mixer | None:
     """The mixer of a layer, by name or as it is; `ValueError` if it does not fit."""
     if isinstance(mixer, str):
-        return create_mixer(mixer, channels, **{**_MIXER_DEFAULTS.get(mixer, {}), **(config or {})})
+        config = {**_MIXER_DEFAULTS.get(mixer, {}), **(config or {})}
+        if mixer == SeparateBiMamba.info.name:
+            return SeparateBiMamba(channels, **config)
+        return create_mixer(mixer, channels, **config)
     if config:
         raise ValueError(f"mixer_kwargs must be None unless mixer is a name, got {dict(config)}")
     if mixer is None:

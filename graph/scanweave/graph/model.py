@@ -31,6 +31,13 @@ def gcn_conv(channels: int) -> nn.Module:
     return GCNConv(channels, channels)
 
 
+def make_jk(jk: str | None, channels: int, num_layers: int) -> JumpingKnowledge | None:
+    """PyG's jumping knowledge over layers; None for the last layer alone."""
+    if jk not in (None, "last", "cat", "max", "lstm"):
+        raise ValueError(f"jk must be None, 'last', 'cat', 'max' or 'lstm', got {jk!r}")
+    return None if jk is None or jk == "last" else JumpingKnowledge(jk, channels, num_layers)
+
+
 class GraphMamba(nn.Module):
     r"""Linear layer, a stack of :class:`GraphMambaConv`, optional pooling, linear layer.
 
@@ -95,8 +102,6 @@ class GraphMamba(nn.Module):
         super().__init__()
         if num_layers < 1:
             raise ValueError(f"num_layers must be at least 1, got {num_layers}")
-        if jk not in (None, "last", "cat", "max", "lstm"):
-            raise ValueError(f"jk must be None, 'last', 'cat', 'max' or 'lstm', got {jk!r}")
         self.in_channels = in_channels
         self.hidden_channels = hidden_channels
         self.num_layers = num_layers
@@ -125,9 +130,7 @@ class GraphMamba(nn.Module):
             for layer in range(num_layers)
         ]
         self.convs = nn.ModuleList(layers)
-        self.jk = None
-        if jk is not None and jk != "last":
-            self.jk = JumpingKnowledge(jk, hidden_channels, num_layers)
+        self.jk = make_jk(jk, hidden_channels, num_layers)
         width = hidden_channels * num_layers if jk == "cat" else hidden_channels
         project = out_channels is not None or jk == "cat"
         self.lin_out = Linear(width, self.out_channels) if project else None

@@ -5,7 +5,7 @@ GraphMambaNet   linear layer, one GMNConv with subgraph tokens, more over nodes,
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from torch_geometric.typing import Adj, OptTensor
 
 from .gmn import GMNConv
 from .mixing import Ties, shared_sequences
-from .model import MakeConv, gin_conv
+from .model import MakeConv, gin_conv, make_jk
 from .ordering import Order
 
 
@@ -38,6 +38,8 @@ class GraphMambaNet(nn.Module):
         num_repeats: As in :class:`GMNConv`.
         encoder: As in :class:`GMNConv`; a name.
         num_token_layers: As in :class:`GMNConv`.
+        share_prefix: As in :class:`GMNConv`.
+        jk: Jumping knowledge over the layers: None, `"last"`, `"cat"`, `"max"` or `"lstm"`.
         conv: Makes the convolution of a layer from its width; none when None.
         mixer: Name of a registered mixer.
         pool: Pooling `pool(x, batch, size)`; the output then has a row per graph.
@@ -72,6 +74,8 @@ class GraphMambaNet(nn.Module):
         num_repeats: int = 2,
         encoder: str = "mean",
         num_token_layers: int = 1,
+        share_prefix: bool = False,
+        jk: Literal["last", "cat", "max", "lstm"] | None = None,
         conv: MakeConv | None = gin_conv,
         mixer: str = "bimamba",
         pool: Callable[..., Tensor] | None = None,
@@ -117,6 +121,7 @@ class GraphMambaNet(nn.Module):
                 ties=ties,
                 seed=seed + layer,
                 resample=resample,
+                share_prefix=share_prefix,
                 token_chunk_size=token_chunk_size,
                 dropout=dropout,
                 encoder_kwargs=encoder_kwargs,
@@ -125,8 +130,11 @@ class GraphMambaNet(nn.Module):
             for layer in range(num_layers)
         ]
         self.convs = nn.ModuleList(layers)
-        self.norm = nn.LayerNorm(hidden_channels)
-        self.lin_out = None if out_channels is None else Linear(hidden_channels, out_channels)
+        width = hidden_channels * num_layers if jk == "cat" else hidden_channels
+        self.norm = nn.LayerNorm(width)
+        self.jk = make_jk(jk, hidden_channels, num_layers)
+        project = out_channels is not None or jk == "cat"
+        self.lin_out = Linear(width, self.out_channels) if project else None
 
         local = layers[0].conv
         takes = {} if local is None else inspect.signature(local.forward).parameters
@@ -183,6 +191,7 @@ class GraphMambaNet(nn.Module):
 
         h = self.lin_in(x if pe is None else torch.cat([x, pe.to(x.dtype)], 1))
         sequences = shared_sequences(self.convs, h, edge_index, batch, batch_size, node_order)
+        layers = []
         for number, (conv, own) in enumerate(zip(self.convs, sequences, strict=True)):
             h = conv(
                 h,
@@ -196,7 +205,8 @@ class GraphMambaNet(nn.Module):
                 sequences=own,
                 **local,
             )
-        h = self.norm(h)
+            layers.append(h)
+        h = self.norm(h if self.jk is None else self.jk(layers))
         if self.pool is not None:
             h = self.pool(h, batch, batch_size)
         return h if self.lin_out is None else self.lin_out(h)

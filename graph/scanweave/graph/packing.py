@@ -8,6 +8,7 @@ the nodes into that layout, `places` undoes it, `cu_seqlens` marks the borders.
     to_sequences          nodes -> sequences; its gradient is a gather too
     to_nodes              sequences -> nodes, the mean over K orders
     reverse_sequences     the same sequences, each read backwards
+    mirrored              places in that order
     count_nodes           nodes per graph
     positions_in_graph    place of each node among the stored nodes of its graph
     edges_of              any adjacency that PyG accepts -> edge_index
@@ -132,10 +133,17 @@ def to_nodes(y: Tensor, sequences: Sequences) -> Tensor:
 def reverse_sequences(sequences: Sequences) -> Sequences:
     """Read every sequence from its end to its start; borders stay where they are."""
     nodes, places, borders = sequences
-    number = torch.arange(nodes.numel(), device=nodes.device)
-    of = torch.searchsorted(borders[1:].long(), number, right=True)
-    mirror = (borders[of] + borders[of + 1] - 1).long() - number
+    mirror = mirrored(nodes.numel(), borders, nodes.device)
     return Sequences(nodes[mirror], mirror[places], borders)
+
+
+def mirrored(length: int, cu_seqlens: Tensor | None, device: torch.device) -> Tensor:
+    """Places of every sequence from its end to its start, (length,) int64; its own inverse."""
+    number = torch.arange(length, device=device)
+    if cu_seqlens is None:
+        return length - 1 - number
+    of = torch.searchsorted(cu_seqlens[1:].long(), number, right=True)
+    return (cu_seqlens[of] + cu_seqlens[of + 1] - 1).long() - number
 
 
 def count_nodes(batch: Tensor, num_graphs: int) -> Tensor:
