@@ -22,6 +22,7 @@ that holds another one: `--train.overwrite`, or another `--train.output-dir`.
 # pyright: reportPrivateImportUsage=false
 
 import ast
+import copy
 import json
 import os
 import sys
@@ -37,6 +38,7 @@ from accelerate import PartialState
 from timm.data import Mixup, resolve_data_config
 from timm.optim import create_optimizer_v2, get_optimizer_info, param_groups_layer_decay
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
@@ -204,8 +206,15 @@ def fit(
         model: What to train; by default what `build_model` makes.
 
     Raises:
-        ValueError: a setting differs from the run that is resumed.
+        ValueError: a setting differs from the run that is resumed, or FSDP 1 is to split a model
+            whose weights are averaged.
     """
+    sharded = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    if sharded and config.ema_decay and os.environ.get("FSDP_VERSION", "1") == "1":
+        # it keeps weights in flat pieces, in which an average does not find its own
+        raise ValueError(
+            f"ema_decay must be 0 with FSDP 1, got {config.ema_decay}; launch with --fsdp_version 2"
+        )
     model = build_model(config, sets) if model is None else model
     sets = _prepared(config, sets, resolve_data_config({}, model=model))
     loader = train_loader(
@@ -222,6 +231,9 @@ def fit(
     if config.ema_decay:
         trained = Averaged(model, config.ema_decay, warmup=config.ema_warmup)
         trained.follow(optimizer)
+    _keep_constants(trained)
+    # FSDP leaves each process a part of the weights: whole ones come from the last checkpoint
+    whole = copy.deepcopy(trained) if sharded else trained
     mixup = _mixup(config, sets.num_classes) if config.mixed else None
 
     def loss(model: nn.Module, batch: Any) -> Tensor:
@@ -246,9 +258,10 @@ def fit(
         config.train, trained, loss, loader, watched, optimizer=optimizer, extra=extra
     )
     result = trainer.fit()
-    if result.best_checkpoint is not None:
-        load_checkpoint(result.best_checkpoint, trained)
-    best = trained.average.module if isinstance(trained, Averaged) else trained
+    saved = result.best_checkpoint or (result.last_checkpoint if sharded else None)
+    if saved is not None:
+        load_checkpoint(saved, whole)
+    best = whole.average.module if isinstance(whole, Averaged) else whole
     return best.eval(), result
 
 
@@ -267,6 +280,16 @@ def _prepared(config: Config, sets: ImageSets, data: dict[str, Any]) -> ImageSet
     train = hold_train(sets.train, config, data, device)
     val = None if sets.val is None else hold_eval(sets.val, config, data, device)
     return replace(sets, train=train, val=val)
+
+
+def _keep_constants(model: nn.Module) -> None:
+    """Have DDP leave buffers alone that no checkpoint holds, as they follow from the settings.
+
+    It would send them anew in every step, and scan paths that were written to are read again.
+    """
+    held = model.state_dict().keys()
+    names = [name for name, _ in model.named_buffers() if name not in held]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
 
 
 def _mixup(config: Config, num_classes: int) -> Mixup:

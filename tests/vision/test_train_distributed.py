@@ -1,0 +1,163 @@
+"""Two processes under `accelerate launch` train vision models as one with the double batch would.
+
+Run as a script, this file is what the launcher starts; each process writes what it saw to JSON.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("accelerate")
+
+from scanweave.core.ops.selective import path_values
+from scanweave.core.training import TrainConfig
+from scanweave.vision.averaging import Averaged
+from scanweave.vision.data import ImageSets
+from scanweave.vision.settings import Config
+from scanweave.vision.stored import StoredImages
+from scanweave.vision.train import build_model, fit
+
+VMAMBA = ("dims=8", "depths=(1,1)", "img_size=16")
+VIM = ("patch_size=4", "embed_dim=16", "depth=1", "d_state=2", "path=cross")
+
+
+def images(count: int, seed: int) -> StoredImages:
+    draw = np.random.default_rng(seed)
+    pixels = draw.integers(0, 200, (count, 16, 16, 3))
+    labels = np.arange(count) % 2
+    pixels[labels == 1, :, :8] += 50
+    return StoredImages(pixels.astype(np.uint8), labels)
+
+
+def settings(folder: Path, batch: int, vmamba: bool, **loop: Any) -> Config:
+    return Config(
+        model="vmamba_tiny_s1l8" if vmamba else "vim_tiny_patch16_224",
+        model_args=VMAMBA if vmamba else VIM,
+        img_size=16,
+        crop="none",
+        crop_pct=1.0,
+        ema_decay=0.9,
+        in_memory=vmamba,
+        train=TrainConfig(
+            output_dir=folder,
+            batch_size=batch,
+            lr=3e-3,
+            cpu=not torch.cuda.is_available(),
+            progress=False,
+            tensorboard=False,
+            **{"epochs": 2, **loop},
+        ),
+    )
+
+
+def run(folder: Path, batch: int, vmamba: bool, **loop: Any) -> tuple[dict[str, Any], Any]:
+    sets = ImageSets(images(48, 0), images(16, 1), num_classes=2, in_chans=3)
+    model, result = fit(settings(folder, batch, vmamba, **loop), sets)
+    return {"steps": result.steps, "metrics": result.metrics}, model
+
+
+class Counted(type(path_values._READ_PATHS)):  # type: ignore[misc]
+    """Counts how often paths are read."""
+
+    reads = 0
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        Counted.reads += 1
+        super().__setitem__(key, value)
+
+
+def run_script(folder: Path) -> None:
+    """What the launcher starts, once per process."""
+    rank = int(os.environ["RANK"])
+    path_values._READ_PATHS = Counted()
+    # as in versions of torch before DDP hid that it writes to buffers
+    torch.autograd._unsafe_preserve_version_counter = lambda _: nullcontext()  # type: ignore
+    seen, model = run(folder / "vmamba", 4, True)
+    seen["reads"] = Counted.reads
+    if not torch.cuda.is_available():
+        seen["sharded"] = sharded_average_is_the_same()
+    run(folder / "vim", 4, False, max_steps=5)
+    run(folder / "vim", 4, False, resume=True)
+    torch.save(model.state_dict(), folder / f"rank{rank}.pt")
+    (folder / f"rank{rank}.json").write_text(json.dumps(seen))
+
+
+def sharded_average_is_the_same() -> float:
+    """Largest difference that it makes to an average whether FSDP 2 splits its model."""
+    from torch.distributed.fsdp import fully_shard
+
+    x, y = torch.linspace(-1, 1, 4 * 3 * 16 * 16).view(4, 3, 16, 16), torch.arange(4) % 2
+
+    def averaged(split: bool) -> torch.Tensor:
+        sets = ImageSets(images(4, 0), None, num_classes=2, in_chans=3)
+        pair = Averaged(build_model(settings(Path(), 4, False), sets), 0.9, warmup=True)
+        if split:
+            fully_shard(pair)
+        optimizer = torch.optim.AdamW(pair.model.parameters(), lr=1e-2)
+        pair.follow(optimizer)
+        for _ in range(3):
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(pair(x), y).backward()
+            optimizer.step()
+        return pair(x, averaged=True).detach()
+
+    return float((averaged(True) - averaged(False)).abs().max())
+
+
+def launch(folder: Path, *options: str) -> list[dict[str, Any]]:
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2"]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command += ["--main_process_port", str(port), *options, __file__, str(folder)]
+    paths = f"{root / 'core'}{os.pathsep}{root / 'vision'}"
+    done = subprocess.run(
+        command,
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_two_processes_equal_one_with_the_double_batch(tmp_path: Path):
+    if torch.cuda.is_available():
+        pytest.skip("the launcher would take the GPUs")
+    seen = launch(tmp_path, "--multi_gpu")
+    assert [rank["steps"] for rank in seen] == [12, 12]
+    # one grid a stage for the model, its average, and what the evaluation unwraps; not every step
+    assert all(rank["reads"] <= 8 for rank in seen), seen
+    assert all(rank["sharded"] < 1e-6 for rank in seen), seen
+    one, model = run(tmp_path / "one", 8, True)
+    for name, value in one["metrics"].items():
+        assert seen[0]["metrics"][name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
+    found = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+    for name, value in model.state_dict().items():
+        assert found[0][name].equal(found[1][name]), name
+        torch.testing.assert_close(found[0][name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_fsdp_1_refuses_an_average(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "1")
+    with pytest.raises(ValueError, match=r"ema_decay must be 0 with FSDP 1, got 0.9; launch with"):
+        run(tmp_path, 4, False)
+
+
+if __name__ == "__main__":
+    run_script(Path(sys.argv[1]))
