@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.core.linear_cases import linear_inputs
+from tests.core.linear_cases import linear_inputs, wkv_inputs
 from tests.core.op_cases import Inputs, conv_inputs, evaluate, scan_inputs
 
 from scanweave.core import causal_conv1d, linear_scan, selective_scan, selective_scan_step
@@ -17,6 +17,8 @@ from scanweave.core.ops.linear import compiled as linear
 from scanweave.core.ops.native import Native
 from scanweave.core.ops.selective import compiled as scan
 from scanweave.core.ops.selective import compiled_step
+from scanweave.core.ops.wkv import compiled as average
+from scanweave.core.ops.wkv import wkv
 
 # by the name that errors give
 MODULES = {
@@ -24,6 +26,7 @@ MODULES = {
     "selective_scan_step": compiled_step,
     "the convolution": conv,
     "linear_scan": linear,
+    "wkv": average,
 }
 FILES = {name: module.native for name, module in MODULES.items()}
 
@@ -40,6 +43,7 @@ OPS: dict[str, tuple[Callable[..., Any], Inputs]] = {
     "selective_scan_step": (_step, scan_inputs(2, 1, 5, 3, dtype=torch.float32)),
     "the convolution": (causal_conv1d, conv_inputs(2, 33, 5, 4, dtype=torch.float32)),
     "linear_scan": (linear_scan, linear_inputs(2, 33, 5, dtype=torch.float32)),
+    "wkv": (wkv, wkv_inputs(2, 33, 5, dtype=torch.float32)),
 }
 
 

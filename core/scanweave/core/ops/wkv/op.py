@@ -1,7 +1,8 @@
 """The exponentially weighted average as a torch operator: registration and gradients.
 
-float32, bfloat16 and float16 run through the Triton kernels on a GPU, everything else through
-`portable.py`. Registered as `selective/op.py` says. Equations and letters: `reference.py`.
+float32, bfloat16 and float16 run through the Triton kernels on a GPU and through `compiled.py` on a
+CPU with a C compiler, everything else through `portable.py`. Registered as `selective/op.py` says.
+Equations and letters: `reference.py`.
 """
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..checks import check_cu_seqlens_values, computing_dtype, on_kernels
-from . import kernels, portable
+from . import compiled, kernels, portable
 
 _lib = torch.library.Library("scanweave", "FRAGMENT")
 _INPUTS = (
@@ -40,7 +41,9 @@ def _forward(
     given = (k, v, log_decay, bonus, initial_state, cu_seqlens, reverse)
     if on_kernels(k, v, log_decay, bonus, initial_state):
         return kernels.forward(*given, training)
-    y, final = portable.forward(*given)
+    single = computing_dtype(k, v, log_decay, bonus, initial_state) == torch.float32
+    code = compiled if single and compiled.takes((k, v, log_decay)) else portable
+    y, final = code.forward(*given)
     return y.to(v.dtype), final, final.new_empty(0)
 
 
@@ -60,7 +63,9 @@ def _backward(
     if on_kernels(k, v, log_decay, bonus, initial_state):
         dk, dv, dw, du, dstate = kernels.backward(*given, checkpoints)
     else:
-        dk, dv, dw, du, dstate = portable.backward(*given)
+        single = computing_dtype(k, v, log_decay, bonus, initial_state) == torch.float32
+        code = compiled if single and compiled.takes((dy, k, v, log_decay)) else portable
+        dk, dv, dw, du, dstate = code.backward(*given)
     du = du.new_empty(0) if bonus is None else du.to(bonus.dtype)
     dstate = dstate.new_empty(0) if initial_state is None else dstate.to(initial_state.dtype)
     return dk.to(k.dtype), dv.to(v.dtype), dw.to(log_decay.dtype), du, dstate
