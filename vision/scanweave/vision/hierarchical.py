@@ -15,11 +15,12 @@ import torch
 from timm.layers import get_device_dtype
 from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
-from timm.models._input import update_model_input_size
 from torch import Tensor, _assert, nn
 from torch._jit_internal import is_scripting
 
 from .embed import _pair
+from .local_ss2d import LocalPaths
+from .resizing import record_input_size
 from .ss2d import SS2D, Gate, GridPaths
 from .vmamba_block import (
     Classifier,
@@ -32,6 +33,16 @@ from .vmamba_block import (
     make_stem,
     stem_grid,
 )
+
+
+def _check_directions(blocks: int, depth: int, path: str, window: object) -> None:
+    if blocks != depth:
+        raise ValueError(f"directions must have one entry a block, {depth}, got {blocks}")
+    if path != "cross" or window is not None:
+        raise ValueError(
+            "path and window must be left out with directions, which bring their own, "
+            f"got {path!r} and {window}"
+        )
 
 
 class HierarchicalModel(nn.Module):
@@ -55,6 +66,8 @@ class HierarchicalModel(nn.Module):
         gate: "none" (released v2 models), "silu" (v0) or "linear".
         path: Scan paths, a kind of `scanweave.core.grid_paths`.
         window: Window of path "window", a side or height and width.
+        directions: LocalMamba's mixer in the place of SS2D: for every block the names of its
+            scans, see `local_order`; path and window are then left out.
         mlp_ratio: Hidden channels of the MLP over the channels; 0 for none.
         stem: "v1" (one convolution) or "v2" (two).
         downsample: "v1" (patch merging), "v2" (2 x 2) or "v3" (3 x 3 convolution).
@@ -86,6 +99,7 @@ class HierarchicalModel(nn.Module):
         gate: Gate = "none",
         path: str = "cross",
         window: int | tuple[int, int] | None = None,
+        directions: Sequence[Sequence[str]] | None = None,
         mlp_ratio: float = 4.0,
         stem: StemVersion = "v2",
         downsample: DownsampleVersion = "v3",
@@ -102,6 +116,8 @@ class HierarchicalModel(nn.Module):
         widths = [dims * 2**i for i in range(len(depths))] if isinstance(dims, int) else list(dims)
         if len(widths) != len(depths) or min(widths) < 2:
             raise ValueError(f"dims must be one width over 1 a stage {tuple(depths)}, got {dims}")
+        if directions is not None:
+            _check_directions(len(directions), sum(depths), path, window)
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.embed_dim = widths[0]
@@ -127,10 +143,14 @@ class HierarchicalModel(nn.Module):
         stages = []
         self.feature_info = []
         for i, (depth, dim) in enumerate(zip(depths, widths, strict=True)):
-            paths = GridPaths(grids[i], path, window, device)
+            if directions is None:
+                paths = [GridPaths(grids[i], path, window, device)] * depth
+            else:
+                names = directions[sum(depths[:i]) :][:depth]
+                paths = [LocalPaths(grids[i], one, device) for one in names]
             blocks = [
-                VSSBlock(dim, paths, mixer_args, mlp_ratio, rates.pop(0), norm_eps, **dd)
-                for _ in range(depth)
+                VSSBlock(dim, one, mixer_args, mlp_ratio, rates.pop(0), norm_eps, **dd)
+                for one in paths
             ]
             last = i == len(depths) - 1
             down = (
@@ -231,7 +251,7 @@ class HierarchicalModel(nn.Module):
             for module in stage.modules():
                 if isinstance(module, GridPaths):
                     module.set_grid(grid)
-        update_model_input_size(self, size)
+        record_input_size(self, size)
 
     def _embed(self, x: Tensor) -> Tensor:
         """The grid (B, h, w, D) before the first stage."""
