@@ -1,250 +1,321 @@
-"""Train a graph classifier: `python -m scanweave.graph.train`.
+"""Train on graphs: `python -m scanweave.graph.train`.
 
 Without options: handwritten digits as pixel graphs, which need no download. With pixels read row
-by row, a TUDataset, and the same model without its mixers:
+by row; classes of graphs, of nodes, missing edges; a set with official splits and metric:
 
     python -m scanweave.graph.train --order index
     python -m scanweave.graph.train --dataset PROTEINS --data-dir data
-    python -m scanweave.graph.train --dataset PROTEINS --data-dir data --mixer none
+    python -m scanweave.graph.train --dataset Cora --data-dir data --train.epochs 200
+    python -m scanweave.graph.train --dataset Cora --data-dir data --task link
+    python -m scanweave.graph.train --dataset Peptides-func --data-dir data --model gmn --rwse 16
+    accelerate launch --multi_gpu -m scanweave.graph.train --dataset PROTEINS --data-dir data
 
 Expect 97 to 98 % of the test digits from the first line, in about half a minute on one CPU core
 (`OMP_NUM_THREADS=1`: on a busy machine more threads are slower), and 82 to 86 % without mixers.
 A run refuses a folder that holds another one: `--train.overwrite`, or another `--train.output-dir`.
 
-    Config          settings
-    build_model     settings and data -> model
+    Config          settings, from `scanweave.graph.settings`
+    predict         a batch -> scores
+    evaluate        loss and metric on a list of graphs
     fit             train on some splits, keep the best epoch's weights
-    evaluate        loss and accuracy on a list of graphs
     train           load, fit, test: what `main` runs
 """
 
-import functools
-import inspect
 import json
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from accelerate import PartialState
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from torch_geometric.data import Batch, Data
-from torch_geometric.loader import DataLoader
-from torch_geometric.nn import global_add_pool, global_max_pool, global_mean_pool
+from torch_geometric.loader import DataLoader as GraphLoader
+from torch_geometric.loader import NeighborLoader, RandomNodeLoader
+from torch_geometric.typing import WITH_PYG_LIB, WITH_TORCH_SPARSE
 
-from scanweave.core import create_mixer
 from scanweave.core.training import (
-    TrainConfig,
     Trainer,
     TrainResult,
+    find_checkpoint,
     load_checkpoint,
-    seed_everything,
 )
 
+from .batches import PackedGraphs, PartitionLoader, cut_by_order, first
+from .build import build_model
 from .datasets import GraphSplits, load_splits
-from .mixing import Ties
-from .model import GraphMamba, gcn_conv, gin_conv
-from .transforms import AddNodeOrder
+from .ordering import rcm_order
+from .precompute import add_encoding, add_order
+from .settings import Config
+from .tasks import Meter, Task
 
-_POOLS = {"mean": global_mean_pool, "add": global_add_pool, "max": global_max_pool}
+__all__ = ["Config", "build_model", "evaluate", "fit", "main", "predict", "train"]
 
-
-def _train_defaults() -> TrainConfig:
-    return TrainConfig(
-        output_dir=Path("runs/graph"),
-        epochs=12,
-        batch_size=32,
-        lr=4e-3,
-        weight_decay=0.01,
-        warmup_steps=40,
-        clip_grad=1.0,
-    )
+# settings that may differ between a run and its continuation
+_FREE = ("data_dir", "cache_dir", "download", "train")
 
 
-@dataclass(frozen=True)
-class Config:
-    """Settings of one run."""
-
-    dataset: str = "digits"
-    """`digits`, or the name of a TUDataset in `data_dir`."""
-    data_dir: Path = Path("data")
-    """Folder with `<dataset>/raw/<dataset>_A.txt` and so on."""
-    coordinates: Literal[0, 1, 2] = 0
-    """Coordinates that a pixel of `digits` knows: none, its row, or both."""
-    val_fraction: float = 0.1
-    """Share of each class for validation, which picks the epoch."""
-    test_fraction: float = 0.2
-    """Share of each class for the test."""
-    split_seed: int = 0
-    """Seed of the split; apart from the training's seed."""
-
-    hidden_channels: int = 48
-    """Channels of the layers."""
-    num_layers: int = 3
-    """Number of layers."""
-    conv: Literal["gin", "gcn", "none"] = "gin"
-    """Local convolution; `gin` uses edge features where the set has them."""
-    mixer: str = "bimamba"
-    """Registered mixer, or `none` for the same model without mixers."""
-    d_state: int = 0
-    """State size of Mamba mixers, unused by others; 0 leaves the mixer's default."""
-    order: tuple[str, ...] = ("degree",)
-    """Node order; several names are compared one after another."""
-    precompute_order: bool = False
-    """Compute the order once per graph, not in every layer; ties are then the same in all."""
-    bidirectional: bool = True
-    """Give a causal mixer a partner that reads backwards."""
-    num_perms: int = 1
-    """Node orders to average, in training."""
-    eval_perms: int = 0
-    """Node orders to average, in evaluation; 0 takes as many as in training."""
-    ties: Ties = "noise"
-    """How nodes of equal score are ordered."""
-    dropout: float = 0.0
-    """Dropout probability."""
-    norm: str = "batch_norm"
-    """Normalization; `none` for none."""
-    pool: Literal["mean", "add", "max"] = "mean"
-    """From node vectors to a graph vector."""
-
-    train: TrainConfig = field(default_factory=_train_defaults)
-    """The training loop."""
-
-
-def build_model(config: Config, splits: GraphSplits) -> GraphMamba:
-    """The model of these settings, with weights drawn from `config.train.seed`.
-
-    Raises:
-        ValueError: the settings name a mixer, order or normalization that does not exist.
-    """
-    seed_everything(config.train.seed)
-    makers = {
-        "gin": functools.partial(gin_conv, edge_dim=splits.edge_dim),
-        "gcn": gcn_conv,
-        "none": None,
-    }
-    return GraphMamba(
-        splits.in_channels,
-        config.hidden_channels,
-        config.num_layers,
-        splits.num_classes,
-        dropout=config.dropout,
-        norm=None if config.norm == "none" else config.norm,
-        conv=makers[config.conv],
-        mixer=None if config.mixer == "none" else config.mixer,
-        pool=_POOLS[config.pool],
-        order=config.order,
-        bidirectional=config.bidirectional,
-        num_perms=config.num_perms,
-        eval_perms=config.eval_perms or None,
-        ties=config.ties,
-        mixer_kwargs=_mixer_kwargs(config),
-    )
-
-
-def _mixer_kwargs(config: Config) -> dict[str, Any] | None:
-    """`d_state` where it is set and the mixer has one, so that mixers compare in one command."""
-    if not config.d_state or config.mixer == "none":
-        return None
-    # on the meta device a mixer has neither memory nor random numbers
-    mixer = create_mixer(config.mixer, config.hidden_channels, device="meta")
-    takes = inspect.signature(type(mixer)).parameters
-    return {"d_state": config.d_state} if "d_state" in takes else None
-
-
-def predict(model: nn.Module, batch: Batch) -> Tensor:
-    """Class scores, (graphs, classes), of a batch from a PyG loader."""
+def predict(model: nn.Module, batch: Data | Batch) -> Tensor:
+    """Scores of a batch from a loader: of graphs (B, outputs), or of nodes (n, outputs)."""
     fields = cast(Data, batch).to_dict()
     takes_edges = getattr(model, "supports_edge_attr", "edge_attr" in fields)
+    options: dict[str, Any] = {}
+    if (order := fields.get("node_order")) is not None:
+        options["node_order"] = order
+    if (graph := fields.get("batch")) is not None:
+        options |= {"batch": graph, "batch_size": cast(Batch, batch).num_graphs}
     return model(
         fields["x"],
         fields["edge_index"],
         edge_attr=fields.get("edge_attr") if takes_edges else None,
-        batch=fields["batch"],
-        batch_size=batch.num_graphs,
-        node_order=fields.get("node_order"),
+        **options,
     )
 
 
+def scored(task: Task, model: nn.Module, batch: Data | Batch) -> tuple[Tensor, Tensor]:
+    """Scores and targets of what is labelled in a batch.
+
+    Graphs all count. Of nodes those at `rows`, or those with `mask`, or the `batch_size` first ones
+    that a NeighborLoader started from, or all. Of links those in `edge_label_index`; without pairs
+    that are none among them, as in training, as many random pairs are added, which hardly ever are
+    edges.
+    """
+    out = predict(model, batch)
+    fields = cast(Data, batch).to_dict()
+    if task.level == "graph":
+        return out, fields["y"]
+    if task.level == "node":
+        if (rows := fields.get("rows")) is not None:
+            return out[rows], fields["y"][rows]
+        if (seeds := fields.get("input_id")) is not None:
+            return out[: seeds.numel()], fields["y"][: seeds.numel()]
+        if (mask := fields.get("mask")) is not None:
+            return out[mask], fields["y"][mask]
+        return out, fields["y"]
+    pairs, labels = fields["edge_label_index"], fields["edge_label"]
+    if model.training:
+        drawn = torch.randint(out.size(0), pairs.shape, device=pairs.device)
+        pairs = torch.cat([pairs, drawn], 1)
+        labels = torch.cat([torch.ones_like(labels), torch.zeros_like(labels)])
+    return (out[pairs[0]] * out[pairs[1]]).sum(1), labels
+
+
 @torch.no_grad()
-def evaluate(model: nn.Module, graphs: Sequence[Data], batch_size: int = 256) -> dict[str, float]:
-    """Mean cross-entropy and accuracy over `graphs`; the caller sets the mode of the model.
+def evaluate(
+    model: nn.Module,
+    graphs: Sequence[Data] | PackedGraphs,
+    batch_size: int = 256,
+    task: Task | None = None,
+) -> dict[str, float]:
+    """Loss and metric over `graphs`; the caller sets the mode of the model.
+
+    Args:
+        model: The model.
+        graphs: Graphs, or a part of `GraphSplits` with masks or links.
+        batch_size: Graphs at a time.
+        task: What is measured; classes of graphs, and accuracy, when absent.
 
     Raises:
         ValueError: there are no graphs.
     """
-    if not graphs:
+    if not len(graphs):
         raise ValueError("graphs must hold at least one graph, got none")
     device = next(model.parameters()).device
-    loss, right = 0.0, 0
-    for batch in DataLoader(list(graphs), batch_size):
-        batch = batch.to(device)
-        scores = predict(model, batch)
-        loss += F.cross_entropy(scores, batch.y, reduction="sum").item()
-        right += int((scores.argmax(1) == batch.y).sum())
-    # the loss comes first and picks the best epoch: accuracies of few graphs are often equal
-    return {"loss": loss / len(graphs), "accuracy": right / len(graphs)}
+    if task is None:
+        task = Task("graph", "multiclass", cast(int, model.out_channels), "accuracy")
+    meter = Meter(task, device)
+    if isinstance(graphs, PackedGraphs):
+        batches: Any = graphs.batches(batch_size)
+    elif task.level == "graph" or len(graphs) > 1:
+        batches = GraphLoader(list(graphs), batch_size)
+    else:
+        batches = graphs
+    for batch in batches:
+        meter.update(*scored(task, model, batch.to(str(device))))
+    return meter.compute()
 
 
-def fit(config: Config, splits: GraphSplits) -> tuple[GraphMamba, TrainResult]:
-    """Train a model and return it with the weights of its lowest validation loss.
+def fit(config: Config, splits: GraphSplits) -> tuple[nn.Module, TrainResult]:
+    """Train a model and return it with the weights of its best epoch.
+
+    The best one is that of the lowest validation loss for accuracies, else that of the best
+    metric, unless `config.train.best_metric` says otherwise.
 
     Args:
         config: Settings; `config.train` holds those of the loop.
         splits: Graphs. Without validation graphs the last weights are kept.
+
+    Raises:
+        ValueError: a setting differs from the run that is resumed, or a loader does not fit.
     """
     model = build_model(config, splits)
-    loader = DataLoader(
-        splits.train,
-        config.train.batch_size,
-        shuffle=True,
-        num_workers=config.train.num_workers,
-    )
+    task, device = splits.target, _device(config)
+    loader = make_loader(config, splits, device)
+    extra = {k: v for k, v in json.loads(_as_json(config)).items() if k != "train"}
+    _check_same_settings(config, extra)
 
-    def loss(model: nn.Module, batch: Batch) -> Tensor:
-        return F.cross_entropy(predict(model, batch), batch["y"])
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        return task.loss(*scored(task, model, batch))
+
+    watched: Sequence[Data] | PackedGraphs = splits.val
+    if splits.val and isinstance(loader.dataset, PackedGraphs):
+        watched = PackedGraphs(splits.val, device)
+    elif len(splits.val) == 1:
+        watched = [splits.val[0].clone().to(str(device))]
 
     def validate(model: nn.Module) -> dict[str, float]:
-        return evaluate(model, splits.val)
+        return evaluate(model, watched, task=task)
 
-    trainer = Trainer(config.train, model, loss, loader, validate if splits.val else None)
+    trainer = Trainer(
+        config.train, model, loss, loader, validate if splits.val else None, extra=extra
+    )
     result = trainer.fit()
     if result.best_checkpoint is not None:
         load_checkpoint(result.best_checkpoint, model)
     return model.eval(), result
 
 
-def train(config: Config) -> dict[str, Any]:
-    """Load the data, train, test; writes `results.json` into the run's folder.
+def make_loader(config: Config, splits: GraphSplits, device: torch.device) -> DataLoader[Any]:
+    """The loader of the training part that `config.loader` names.
 
-    Returns:
-        `test` and `val` (accuracy and loss of the best epoch), `parameters`, `steps`, `seconds`,
-        and the `history` of training.
+    Raises:
+        ValueError: the loader is for one graph and there are many, or the other way round.
+        ImportError: NeighborLoader lacks pyg-lib.
     """
-    splits = load_splits(
+    kind, graphs = config.loader, splits.train
+    single = splits.target.level != "graph" and len(graphs) == 1
+    if kind == "auto":
+        kind = "full" if single else "packed"
+    if single != (kind not in ("packed", "collate")):
+        known = "full, random, cluster or neighbor" if single else "packed or collate"
+        raise ValueError(f"loader must be {known} for {config.dataset}, got {kind!r}")
+    size = config.train.batch_size
+    if kind == "packed":
+        packed = PackedGraphs(graphs, device)
+        return DataLoader(packed, size, shuffle=True, collate_fn=first)
+    if kind == "collate":
+        workers = config.train.num_workers
+        return GraphLoader(graphs, size, shuffle=True, num_workers=workers)
+    data = graphs[0]
+    if splits.target.level == "link" and kind != "full":
+        raise ValueError(f"loader must be full for links, got {kind!r}")
+    if kind == "neighbor":
+        if not (WITH_PYG_LIB or WITH_TORCH_SPARSE):
+            raise ImportError("loader='neighbor' needs pyg-lib; 'cluster' needs nothing")
+        data = data.clone()
+        data.node_order = None
+        return NeighborLoader(
+            data,
+            list(config.num_neighbors),
+            input_nodes=data["mask"],
+            batch_size=size,
+            shuffle=True,
+        )
+    data = data.clone().to(str(device))
+    if kind == "random":
+        return RandomNodeLoader(data, config.num_parts, shuffle=True)
+    if kind == "cluster":
+        part = cut_by_order(data, config.num_parts, rcm_order)
+        return PartitionLoader(data, part, -(-config.num_parts // 10))
+    if "mask" in data:
+        # places of the labelled nodes: a mask would be counted, and waited for, in every step
+        data["rows"] = data["mask"].nonzero().squeeze(1)
+    return DataLoader([data], collate_fn=_only)  # type: ignore[arg-type]
+
+
+def _only(batch: list[Data]) -> Data:
+    return batch[0]
+
+
+def _device(config: Config) -> torch.device:
+    """Where the trainer will put the model; it is not there yet."""
+    if config.train.cpu or not torch.accelerator.is_available():
+        return torch.device("cpu")
+    kind = torch.accelerator.current_accelerator()
+    assert kind is not None
+    return torch.device(kind.type, int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def _as_json(config: Config) -> str:
+    return json.dumps(asdict(config), default=str)
+
+
+def _check_same_settings(config: Config, now: dict[str, Any]) -> None:
+    """The loop compares its own settings; these are ours."""
+    folder = config.train.output_dir
+    if not config.train.resume or find_checkpoint(folder) is None:
+        return
+    then = json.loads((folder / "config.json").read_text(encoding="utf-8"))["extra"]
+    for name, value in now.items():
+        if name not in _FREE and then.get(name, value) != value:
+            raise ValueError(
+                f"{name} must be {then[name]} as in {folder} to resume, got {value}; to change it, "
+                "train in another output_dir"
+            )
+
+
+def load(config: Config) -> GraphSplits:
+    """The graphs of these settings, with orders and encodings, split."""
+
+    def prepare(graphs: list[Data], whole: bool) -> None:
+        folder = config.cache_dir if whole else None
+        name = config.dataset.lower().replace(":", "-")
+        if config.dataset == "digits":
+            folder = None
+        # first, while `x` has the set's own columns for orders such as `data.x`
+        if config.precompute_order:
+            kept = all(order.isidentifier() for order in config.order)
+            file = f"{name}-{'-'.join(config.order)}.npz"
+            add_order(graphs, config.order, folder / file if folder and kept else None)
+        add_encoding(graphs, rwse=config.rwse, lap_pe=config.lap_pe, folder=folder, name=name)
+
+    return load_splits(
         config.dataset,
         config.data_dir,
         coordinates=config.coordinates,
         val_fraction=config.val_fraction,
         test_fraction=config.test_fraction,
         seed=config.split_seed,
+        folds=config.folds,
+        task=config.task,
+        metric=config.metric,
+        cache_dir=config.cache_dir,
+        download=config.download,
+        prepare=prepare,
+        link_channels=config.hidden_channels,
     )
-    if config.precompute_order:
-        add_order = AddNodeOrder(config.order)
-        for part in (splits.train, splits.val, splits.test):
-            part[:] = [add_order(graph) for graph in part]
+
+
+def train(config: Config, splits: GraphSplits | None = None) -> dict[str, Any]:
+    """Load the data, train, test; writes `results.json` into the run's folder.
+
+    Args:
+        config: Settings.
+        splits: What `load(config)` gives, for several runs on the same graphs.
+
+    Returns:
+        `test` and `val` (metric and loss of the best epoch), `best_step`, `parameters`, `steps`,
+        `seconds`, `samples_per_second`, and the `history` of training.
+    """
+    splits = load(config) if splits is None else splits
     model, result = fit(config, splits)
+    task = splits.target
+    parts = {name: getattr(splits, name) for name in ("test", "val")}
     summary: dict[str, Any] = {
-        "test": evaluate(model, splits.test) if splits.test else {},
-        "val": evaluate(model, splits.val) if splits.val else {},
+        name: evaluate(model, part, task=task) if part else {} for name, part in parts.items()
+    }
+    summary |= {
+        "best_step": result.best_step,
         "parameters": sum(p.numel() for p in model.parameters()),
         "steps": result.steps,
         "seconds": result.seconds,
+        "samples_per_second": result.samples_per_second,
     }
     if PartialState().is_main_process:
-        path = config.train.output_dir / "results.json"
+        path = Path(config.train.output_dir) / "results.json"
         path.write_text(json.dumps(summary, indent=1), encoding="utf-8")
     return {**summary, "history": result.history}
 
