@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.layers import get_device_dtype
 from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
 from torch import Tensor, _assert, nn
@@ -232,7 +231,8 @@ class HierarchicalModel(nn.Module):
             global_pool: Pooling, as in the constructor; unchanged when None.
         """
         pool = self.classifier.pool_type if global_pool is None else global_pool
-        dd: dict[str, Any] = get_device_dtype(self)
+        weight = next(self.parameters())
+        dd: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
         self.classifier.reset(self.num_features, num_classes, pool, **dd)
         self.global_pool, self.num_classes = pool, num_classes
         self.head_hidden_size = self.classifier.features

@@ -10,7 +10,6 @@ timm's contract for models whose features are tokens, without saying where the t
 from typing import TYPE_CHECKING, Any
 
 import torch
-from timm.layers import get_device_dtype
 from timm.models import checkpoint
 from timm.models._features import feature_take_indices
 from torch import Tensor, _assert, nn
@@ -118,7 +117,8 @@ class TokenModel(nn.Module):
         if global_pool is not None:
             self.global_pool = self._checked_pool(global_pool)
         self.num_classes = num_classes
-        dd: dict[str, Any] = get_device_dtype(self)
+        weight = next(self.parameters())
+        dd: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
         # a neck outlives the classifier, what comes before it keeps its width
         joins = self.global_pool == "token" and (num_classes > 0 or self.has_neck)
         if self.num_prefix_tokens > 1 and joins != self.has_neck:
