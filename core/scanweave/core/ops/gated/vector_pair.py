@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ..launch import on_device
 from .kernels import Frame, Precision, chunk_of, dot, plan_of, strides, token_rows
-from .vector_scale import Vector, sums_of_decays
+from .vector_scale import Vector, exponents, sums_of_decays
 from .vector_steep import add_rows
 
 
@@ -170,8 +170,9 @@ def _vector_pair_kernel(
         dg += tl.load(dg_ptr + wide, mask=mask, other=0.0).to(tl.float32)
     tl.store(dg_ptr + wide, dg.to(dg_ptr.dtype.element_ty), mask=mask)
 
+    g_ptr += batch * stride_gb + head * stride_gh
     reading, sums = sums_of_decays(
-        g_ptr + batch * stride_gb + head * stride_gh,
+        g_ptr,
         first,
         place,
         size,
@@ -183,9 +184,24 @@ def _vector_pair_kernel(
         EXCLUSIVE,
         KEYS,
     )
-    middle = tl.where(steep, 0.0, 0.5 * total)[None, :]
-    dq = dqueries * tl.exp2(reading - middle)
-    dk = dkeys * tl.exp2(tl.where(steep, tl.minimum(total[None, :] - sums, 0.0), middle - sums))
+    of_q, of_k = exponents(
+        reading,
+        sums,
+        total,
+        steep,
+        g_ptr,
+        first,
+        place,
+        size,
+        step,
+        offs_k,
+        stride_gl,
+        stride_gk,
+        REVERSE,
+        KEYS,
+        CHUNK,
+    )
+    dq, dk = dqueries * tl.exp2(of_q), dkeys * tl.exp2(of_k)
     # of a pair without a decay: the token that is read, or that reads
     group = head // per_group
     q_at = q_ptr + batch * stride_qb + group * stride_qg
@@ -200,13 +216,13 @@ def _vector_pair_kernel(
         valid_r = valid_r & (next_place >= 0) & (step < CHUNK - 1)
     else:
         near, valid_k, reader, valid_r = place, valid, read, valid_q
-    of_k = _load_rows(k_at, first + near, valid_k, offs_k, stride_kl, KEYS)
+    near_k = _load_rows(k_at, first + near, valid_k, offs_k, stride_kl, KEYS)
     if HAS_W:
-        of_w = tl.load(w_at + (first + near) * stride_wl, mask=valid_k, other=0.0)
-        of_k *= of_w.to(tl.float32)[:, None]
-    dq += of_reader[:, None] * of_k
-    of_q = _load_rows(q_at, first + reader, valid_r, offs_k, stride_ql, KEYS)
-    dk += of_read[:, None] * of_q
+        near_w = tl.load(w_at + (first + near) * stride_wl, mask=valid_k, other=0.0)
+        near_k *= near_w.to(tl.float32)[:, None]
+    dq += of_reader[:, None] * near_k
+    near_q = _load_rows(q_at, first + reader, valid_r, offs_k, stride_ql, KEYS)
+    dk += of_read[:, None] * near_q
     dq_at = ((batch * length + first + read) * heads + head)[:, None] * KEYS + offs_k[None, :]
     mask_q = valid_q[:, None] & mask_k[None, :]
     if steep:

@@ -24,13 +24,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import LOG2_E, on_device, power_of_2
+from ..launch import LOG2_E, on_device, power_of_2, register_limit
 from .kernels import Frame, Precision, chunk_of, strides, token_rows
 
 # exponents of gentle chunks: room for values up to 2^40 on either side of float32's 2^126
 REACH = tl.constexpr(80.0)
-# a decay this strong leaves nothing, and sums of weaker ones keep their digits beside it
-STRONGEST = tl.constexpr(-128.0)
+# a decay this strong leaves nothing of a float32
+STRONGEST = tl.constexpr(-152.0)
 
 
 class Vector(NamedTuple):
@@ -88,6 +88,37 @@ def sums_of_decays(
 
 
 @triton.jit
+def exponents(
+    reading,
+    sums,
+    total,
+    steep,
+    g_ptr,
+    first,
+    place,
+    size,
+    step,
+    offs_k,
+    stride_gl,
+    stride_gk,
+    REVERSE: tl.constexpr,
+    KEYS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Log2 of the factors of q and k, (Q, K) each."""
+    middle = 0.5 * total[None, :]
+    of_q, of_k = reading - middle, middle - sums
+    if steep:
+        of_q = reading
+        # summed up, as a difference of sums has no digits beside strong decays
+        after = place - 1 if REVERSE else place + 1
+        mask = ((after < size) & (step < CHUNK - 1))[:, None] & (offs_k < KEYS)[None, :]
+        g = load_decays(g_ptr, first + after, mask, stride_gl, stride_gk, offs_k)
+        of_k = tl.cumsum(g, 0, reverse=True)
+    return of_q, of_k
+
+
+@triton.jit
 def _vector_scale_kernel(
     q_ptr,
     k_ptr,
@@ -137,8 +168,9 @@ def _vector_scale_kernel(
     offs_k = tl.arange(0, BLOCK_K)
     mask_k = offs_k < KEYS
     group = head // per_group
+    g_ptr += batch * stride_gb + head * stride_gh
     reading, sums = sums_of_decays(
-        g_ptr + batch * stride_gb + head * stride_gh,
+        g_ptr,
         first,
         place,
         size,
@@ -153,10 +185,26 @@ def _vector_scale_kernel(
     # the last row; padding does not decay
     total = tl.sum(tl.where((step == CHUNK - 1)[:, None], sums, 0.0), 0)
     steep = tl.min(total, 0) < -2.0 * REACH
-    middle = tl.where(steep, 0.0, 0.5 * total)[None, :]
     at = slot * heads + head
     tl.store(totals_ptr + at * KEYS + offs_k, total, mask=mask_k)
     tl.store(steep_ptr + at, steep.to(tl.int32))
+    of_q, of_k = exponents(
+        reading,
+        sums,
+        total,
+        steep,
+        g_ptr,
+        first,
+        place,
+        size,
+        step,
+        offs_k,
+        stride_gl,
+        stride_gk,
+        REVERSE,
+        KEYS,
+        CHUNK,
+    )
 
     target = (head * rows + batch * length + first + place)[:, None] * KEYS + offs_k[None, :]
     mask = valid[:, None] & mask_k[None, :]
@@ -167,13 +215,12 @@ def _vector_scale_kernel(
         mask=valid_q[:, None] & mask_k[None, :],
         other=0.0,
     )
-    q = q.to(tl.float32) * tl.exp2(reading - middle)
+    q = q.to(tl.float32) * tl.exp2(of_q)
     tl.store(queries_ptr + target, q.to(queries_ptr.dtype.element_ty), mask=mask)
 
     k_at = k_ptr + batch * stride_kb + group * stride_kg
     k = tl.load(k_at + (first + place)[:, None] * stride_kl + offs_k[None, :], mask=mask, other=0.0)
-    left = tl.where(steep, tl.minimum(total[None, :] - sums, 0.0), middle - sums)
-    k = k.to(tl.float32) * tl.exp2(left)
+    k = k.to(tl.float32) * tl.exp2(of_k)
     if HAS_W:
         w_at = write_ptr + batch * stride_wb + head * stride_wh
         write = tl.load(w_at + (first + place) * stride_wl, mask=valid, other=0.0)
@@ -184,11 +231,6 @@ def _vector_scale_kernel(
 def operand_of(precision: Precision) -> torch.dtype:
     """The dtype in memory of what matrix products multiply."""
     return torch.bfloat16 if precision.operand == tl.bfloat16 else torch.float32
-
-
-def warps_of(elements: int) -> int:
-    """Warps of a program that keeps tiles of so many elements in registers."""
-    return 8 if elements > 4096 else 4
 
 
 def scaled(
@@ -206,6 +248,7 @@ def scaled(
     """Scale q and k of one direction."""
     batch, length, heads, keys = g.shape
     block_k = max(16, power_of_2(keys))
+    warps = 8 if frame.chunk * block_k > 4096 else 4
     like = {"device": g.device}
     operand = operand_of(precision)
     queries, keyed = (
@@ -240,7 +283,9 @@ def scaled(
                 KEYS=keys,
                 CHUNK=frame.chunk,
                 BLOCK_K=block_k,
-                num_warps=warps_of(frame.chunk * block_k),
+                num_warps=warps,
                 enable_fp_fusion=True,
+                # so that the processor holds two programs; nothing spills up to 128 keys
+                **register_limit(128 if warps == 8 else None),
             )
     return Vector(q, k, g, write, reverse, queries, keyed, totals, steep)
