@@ -10,6 +10,8 @@
     AddNodeOrder     transform: compute an order once per graph
     AddWalkTokens    transform: draw the walks of subgraph tokens once per graph
     AddLapPE, …      transforms: Laplacian eigenvectors, return probabilities of walks
+    LapPEEncoder, …  modules that make features of those
+    graphgym         (a module to import) registrations for PyG's GraphGym
     digit_graphs     handwritten digits as pixel graphs; needs no download
 
 `python -m scanweave.graph.train` trains a graph classifier.
@@ -32,6 +34,7 @@ from .centrality import eigenvector_order, kcore_order, ppr_order
 from .conv import GraphMambaConv
 from .datasets import GraphSplits, load_splits
 from .digits import digit_graphs
+from .encoders import LapPEEncoder, RWSEEncoder
 from .encodings import AddLapPE, AddRWSE
 from .gated_gcn import GatedGCNConv, gated_gcn_conv
 from .gmn import GMNConv
@@ -69,11 +72,13 @@ __all__ = [
     "GraphMambaConv",
     "GraphMambaNet",
     "GraphSplits",
+    "LapPEEncoder",
     "LinkHead",
     "MeanEncoder",
     "NodeHead",
     "Order",
     "RWFEncoder",
+    "RWSEEncoder",
     "SeparateBiMamba",
     "bfs_order",
     "degree_order",

@@ -88,11 +88,15 @@ class GatedGCNConv(MessagePassing):
         change = F.relu(self.norm_e(hat)) if hat.size(0) else hat
         return out, edge_attr + F.dropout(change, self.dropout, self.training)
 
-    def edge_update(self, to_i: Tensor, at_j: Tensor, edge: OptTensor) -> Tensor:
+    def edge_update(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, to_i: Tensor, at_j: Tensor, edge: OptTensor
+    ) -> Tensor:
         """The gate before its sigmoid, (E, channels)."""
         return to_i + at_j if edge is None else to_i + at_j + edge
 
-    def message(self, value_j: Tensor, hat: Tensor) -> Tensor:
+    def message(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, value_j: Tensor, hat: Tensor
+    ) -> Tensor:
         """Gated values and the gates, (E, 2 channels): both are summed at once."""
         gate = torch.sigmoid(hat)
         return torch.cat([gate * value_j, gate], 1)
