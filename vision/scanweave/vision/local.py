@@ -10,7 +10,9 @@ names are the official ones.
 
 Letters: B batch, L tokens, D channels, E inner channels, N state, R rank of dt, K directions.
 
+    directions_of     names of directions, written short
     local_order       tokens along one direction, padding included
+    window_side       side of a direction's windows
     ChannelAttention  the weights of the channels, shared by the directions
     LocalMamba        the mixer
 
@@ -75,6 +77,19 @@ def local_order(
             order = torch.cat([order[:row], torch.tensor([row]), order[row:]])
         inverse = order.argsort(stable=True)[:length]
     return order, inverse
+
+
+def directions_of(layers: str) -> tuple[tuple[str, ...], ...]:
+    """Directions of every layer, written as "h v_, w2 w7_": commas between layers, _ for _flip."""
+    return tuple(
+        tuple(name.replace("_", "_flip") for name in layer.split()) for layer in layers.split(",")
+    )
+
+
+def window_side(direction: str) -> int:
+    """Side of the windows of a direction of `local_order`; 1 without windows."""
+    match = _NAME.fullmatch(direction)
+    return int(match[2]) if match is not None and match[2] else 1
 
 
 class ChannelAttention(nn.Module):

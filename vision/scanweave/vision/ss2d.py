@@ -74,6 +74,7 @@ class GridPaths(nn.Module):
         self.grid = grid
         paths = grid_paths(grid[0], grid[1], kind, window=window, device=device)
         self.register_buffer("paths", paths, persistent=False)
+        self.count = paths.shape[0]
 
     @torch.jit.unused
     def set_grid(self, grid: tuple[int, int]) -> None:
@@ -151,7 +152,7 @@ class SS2D(nn.Module):
         # decays keep float32 in a half precision model: log(16) in bfloat16 is off by 0.4 %
         wide = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
         full: dict[str, Any] = {"device": device, "dtype": wide}
-        count = paths.paths.shape[0]
+        count = paths.count
         self.inner, self.state, self.rank, self.count = inner, d_state, rank, count
         self.gate = gate
         self.paths = paths

@@ -17,11 +17,17 @@ the official code is numbered, with permalinks, in `vision/README.md`.
 from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import (
+    build_model_with_cfg,
+    generate_default_cfgs,
+    register_model,
+    register_model_deprecations,
+)
 from torch import Tensor
 
 from .isotropic import IsotropicModel
 from .loading import fit_state_dict
+from .local import directions_of
 
 __all__ = ["Vim"]
 
@@ -90,15 +96,12 @@ def _local_cfg(**kwargs: Any) -> dict[str, Any]:
     return _cfg(**{**paper, **kwargs})
 
 
-# searched by LocalMamba's authors, layer by layer; "_" stands for "_flip"
-_LOCAL_DIRECTIONS = tuple(
-    tuple(name.replace("_", "_flip") for name in layer.split())
-    for layer in (
-        *("h v_ w7 w7_", "h_ w2_ w7 w7_", "h h_ v w7", "h h_ v v_", "h h_ v v_"),
-        *("h h_ v v_", "h_ v v_ w7", "h_ v v_ w2_", "h h_ v v_", "h h_ v v_"),
-        *("h v v_ w2", "h v v_ w2_", "h h_ v_ w7", "h_ v v_ w2", "h h_ v v_"),
-        *("h v w2 w2_", "v v_ w2 w7", "h h_ v w2", "h h_ w2_ w7", "v v_ w2 w2_"),
-    )
+# searched by LocalMamba's authors, layer by layer
+_LOCAL_DIRECTIONS = directions_of(
+    "h v_ w7 w7_, h_ w2_ w7 w7_, h h_ v w7, h h_ v v_, h h_ v v_,"
+    "h h_ v v_, h_ v v_ w7, h_ v v_ w2_, h h_ v v_, h h_ v v_,"
+    "h v v_ w2, h v v_ w2_, h h_ v_ w7, h_ v v_ w2, h h_ v v_,"
+    "h v w2 w2_, v v_ w2 w7, h h_ v w2, h h_ w2_ w7, v v_ w2 w2_"
 )
 
 
@@ -243,3 +246,17 @@ def test_vim(pretrained: bool = False, **kwargs: Any) -> Vim:  # noqa: PT028
     """A small Vim for tests."""
     args: dict[str, Any] = {"embed_dim": 64, "depth": 4}
     return _create_vim("test_vim", pretrained, **{**args, **kwargs})
+
+
+# the official entries; timm warns and makes the model of the shorter name
+_LONG = "bimambav2_final_pool_mean_abs_pos_embed_with"
+register_model_deprecations(
+    __name__,
+    {
+        f"vim_tiny_patch16_224_{_LONG}_midclstok_div2": "vim_tiny_patch16_224",
+        f"vim_tiny_patch16_stride8_224_{_LONG}_midclstok_div2": "vim_tiny_patch16_stride8_224",
+        f"vim_small_patch16_224_{_LONG}_midclstok_div2": "vim_small_patch16_224",
+        f"vim_small_patch16_stride8_224_{_LONG}_midclstok_div2": "vim_small_patch16_stride8_224",
+        f"vim_base_patch16_224_{_LONG}_middle_cls_token_div2": "vim_base_patch16_224",
+    },
+)

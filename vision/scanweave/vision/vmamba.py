@@ -9,7 +9,7 @@ numbered in `vision/README.md`.
 
     VMamba                                    the model
     checkpoint_filter_fn                      what timm applies to a state dict before it loads it
-    vmamba_*, vanilla_vmamba_*, test_vmamba   entry points, registered with timm
+    vmamba_*, vanilla_vmamba_*, local_vmamba_*, test_vmamba   entry points, registered with timm
 """
 
 import re
@@ -21,6 +21,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import Tensor
 
 from .hierarchical import HierarchicalModel
+from .local import directions_of
 
 __all__ = ["VMamba"]
 
@@ -138,6 +139,13 @@ def _cfg(url: str = "", **kwargs: Any) -> dict[str, Any]:
     }
 
 
+_LOCAL_PAPER = {
+    "license": "apache-2.0",
+    "paper_ids": "arXiv:2403.09338",
+    "paper_name": "LocalMamba: Visual State Space Model with Windowed Selective Scan",
+    "origin_url": "https://github.com/hunto/LocalMamba",
+}
+
 default_cfgs = generate_default_cfgs(
     {
         "vmamba_tiny_s1l8.untrained": _cfg(),
@@ -149,8 +157,26 @@ default_cfgs = generate_default_cfgs(
         "vanilla_vmamba_tiny.untrained": _cfg(),
         "vanilla_vmamba_small.untrained": _cfg(),
         "vanilla_vmamba_base.untrained": _cfg(),
+        "local_vmamba_tiny.untrained": _cfg(**_LOCAL_PAPER),
+        "local_vmamba_small.untrained": _cfg(**_LOCAL_PAPER),
         "test_vmamba.untrained": _cfg(input_size=(3, 160, 160), pool_size=(5, 5), crop_pct=0.95),
     }
+)
+
+# searched by LocalMamba's authors, block by block
+_LOCAL_TINY = directions_of(
+    "h h_ w7 w7_, h_ v_ w2 w2_, h_ v_ w2_ w7, h_ v v_ w2, h h_ v_ w2_,"
+    "h_ v_ w2 w2_, h w2_ w7 w7_, h h_ v v_, h v_ w7 w7_, h_ v w2 w7_,"
+    "v v_ w2 w7_, h h_ v_ w2_, v_ w2_ w7 w7_, h_ v_ w2_ w7_, h_ v w7 w7_"
+)
+_LOCAL_SMALL = directions_of(
+    "h v v_ w7_, h h_ v w7, h_ v v_ w7, h_ v w2_ w7, h_ v w2_ w7,"
+    "h_ v_ w2 w7_, h_ v v_ w7, h v v_ w7, h v v_ w7, h v v_ w7_,"
+    "h h_ v v_, h v v_ w2, v v_ w2_ w7, h h_ v w2, h_ v v_ w7_,"
+    "h h_ v v_, h v v_ w7_, h v v_ w7_, h h_ v_ w7, h_ v_ w2_ w7,"
+    "h_ v v_ w7_, v v_ w7 w7_, h v v_ w7_, h_ v v_ w2, h v v_ w2_,"
+    "h h_ v w7, h h_ w7 w7_, h v_ w2 w2_, h v_ w2 w7, h v v_ w7_,"
+    "h_ v w2_ w7, h_ v_ w7 w7_, h v w7 w7_"
 )
 
 # the models of the paper's first version
@@ -226,6 +252,22 @@ def vanilla_vmamba_base(pretrained: bool = False, **kwargs: Any) -> VMamba:
     """VMamba-B of the paper's first version, 76.3 M parameters."""
     args: dict[str, Any] = {**_VANILLA, "depths": (2, 2, 27, 2), "dims": 128}
     return _create_vmamba("vanilla_vmamba_base", pretrained, **{**args, **kwargs})
+
+
+@register_model
+def local_vmamba_tiny(pretrained: bool = False, **kwargs: Any) -> VMamba:
+    """LocalVMamba-T: the first version's model with four local scans a block, 25.5 M parameters."""
+    args: dict[str, Any] = {**_VANILLA, "depths": (2, 2, 9, 2), "dims": 96}
+    args["directions"] = _LOCAL_TINY
+    return _create_vmamba("local_vmamba_tiny", pretrained, **{**args, **kwargs})
+
+
+@register_model
+def local_vmamba_small(pretrained: bool = False, **kwargs: Any) -> VMamba:
+    """LocalVMamba-S: the first version's model with four local scans a block, 49.7 M parameters."""
+    args: dict[str, Any] = {**_VANILLA, "depths": (2, 2, 27, 2), "dims": 96}
+    args["directions"] = _LOCAL_SMALL
+    return _create_vmamba("local_vmamba_small", pretrained, **{**args, **kwargs})
 
 
 @register_model

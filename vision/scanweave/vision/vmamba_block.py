@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from timm.layers import DropPath, Mlp, SelectAdaptivePool2d
 from torch import Tensor, nn
 
+from .local_ss2d import LocalPaths, LocalSS2D
 from .ss2d import SS2D, GridPaths
 
 StemVersion = Literal["v1", "v2"]
@@ -124,7 +125,7 @@ class VSSBlock(nn.Module):
 
     Args:
         dim: Channels D.
-        paths: Paths of the grid.
+        paths: Paths of the grid; LocalMamba's mixer follows `LocalPaths`.
         mixer_args: Arguments of `SS2D`.
         mlp_ratio: Hidden channels of the MLP over D; 0 for none.
         drop_path: Probability that a sample skips a branch in training.
@@ -147,7 +148,11 @@ class VSSBlock(nn.Module):
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.norm = nn.LayerNorm(dim, eps=norm_eps, **dd)
-        self.op = SS2D(dim, paths, **mixer_args, norm_eps=norm_eps, **dd)
+        given = {**mixer_args, "norm_eps": norm_eps, **dd}
+        if isinstance(paths, LocalPaths):
+            self.op: SS2D = LocalSS2D(dim, paths, **given)
+        else:
+            self.op = SS2D(dim, paths, **given)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         has_mlp = mlp_ratio > 0
         self.norm2 = nn.LayerNorm(dim, eps=norm_eps, **dd) if has_mlp else None
