@@ -110,7 +110,7 @@ SETS: dict[str, Set] = {
         epochs=200,
         seeds=3,
         own_splits=False,
-        config={"num_layers": 4, "dropout": 0.1, "rwse": 16},
+        config={"num_layers": 4, "dropout": 0.1, "rwse": 16, "head_layers": 2},
         train={"batch_size": 128, "lr": 2e-3},
         together=False,
     ),

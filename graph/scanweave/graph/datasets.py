@@ -78,7 +78,6 @@ def load_splits(
     cache_dir: Path | str = "runs/data",
     download: bool = False,
     prepare: Callable[[list[Data], bool], None] | None = None,
-    link_channels: int = 64,
 ) -> GraphSplits:
     """Load a set by name and split it, officially where it has official splits.
 
@@ -96,7 +95,6 @@ def load_splits(
         download: Let PyG download what is missing.
         prepare: Called with all graphs before they are split, to add orders or encodings; for
             links with each part, whose edges are not all. The second argument says which.
-        link_channels: Width of node vectors for links.
 
     Raises:
         ValueError: the set is not there, the task does not fit it, or the fractions leave nothing
@@ -115,7 +113,7 @@ def load_splits(
             for part in parts:
                 prepare(part, False)
         chosen = "auroc" if metric == "auto" else metric
-        what = Task("link", "binary", link_channels, chosen)  # type: ignore[arg-type]
+        what = Task("link", "binary", 1, chosen)  # type: ignore[arg-type]
     else:
         if level != _level(graphs):
             raise ValueError(f"task must be {_level(graphs)!r} or 'link' for {name}, got {task!r}")

@@ -104,6 +104,10 @@ class Config:
     """Normalization; `none` for none."""
     pool: Literal["mean", "add", "max"] = "mean"
     """From node vectors to a graph vector."""
+    head_layers: int = 1
+    """Linear layers behind it, or behind node vectors; for links those of the pairs' MLP."""
+    link_score: Literal["dot", "hadamard", "concat"] = "dot"
+    """`link`: product of two node vectors, an MLP on their elementwise product, or on both."""
 
     loader: Literal["auto", "packed", "collate", "full", "random", "cluster", "neighbor"] = "auto"
     """Batches of many graphs: `packed`, kept on the device and gathered there, or `collate`, by
@@ -125,5 +129,6 @@ class Config:
         for name in ("rwse", "lap_pe"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
-        if self.num_parts < 1:
-            raise ValueError(f"num_parts must be at least 1, got {self.num_parts}")
+        for name in ("num_parts", "head_layers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

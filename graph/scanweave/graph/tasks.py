@@ -33,7 +33,7 @@ class Task:
         level: What has a label: graphs, nodes, or pairs of nodes (`link`: is there an edge).
         kind: `multiclass`, one of many; `multilabel`, any of many; `binary`, one yes or no;
             `regression`, numbers.
-        outputs: Scores that the model returns; for links, the width of a node's vector.
+        outputs: Scores that the model returns.
         metric: `accuracy`; `f1`, the mean over classes; `ap`, average precision, the mean over
             labels; `auroc`, area under the ROC curve, the mean over labels; `mae`, mean absolute
             error.

@@ -58,15 +58,27 @@ __all__ = ["Config", "build_model", "evaluate", "fit", "main", "predict", "train
 _FREE = ("data_dir", "cache_dir", "download", "train")
 
 
-def predict(model: nn.Module, batch: Data | Batch) -> Tensor:
-    """Scores of a batch from a loader: of graphs (B, outputs), or of nodes (n, outputs)."""
+def predict(model: nn.Module, batch: Data | Batch, pairs: Tensor | None = None) -> Tensor:
+    """Scores of a batch from a loader.
+
+    Args:
+        model: The model, as it is or wrapped for several processes.
+        batch: The batch.
+        pairs: Pairs of nodes, (2, P), for models that score links.
+
+    Returns:
+        Scores of graphs (B, outputs), of nodes (n, outputs), or of the pairs (P,).
+    """
     fields = cast(Data, batch).to_dict()
-    takes_edges = getattr(model, "supports_edge_attr", "edge_attr" in fields)
+    inner = getattr(model, "module", model)
+    takes_edges = getattr(inner, "supports_edge_attr", "edge_attr" in fields)
     options: dict[str, Any] = {}
     if (order := fields.get("node_order")) is not None:
         options["node_order"] = order
     if (graph := fields.get("batch")) is not None:
         options |= {"batch": graph, "batch_size": cast(Batch, batch).num_graphs}
+    if pairs is not None:
+        options["edge_label_index"] = pairs
     return model(
         fields["x"],
         fields["edge_index"],
@@ -78,29 +90,28 @@ def predict(model: nn.Module, batch: Data | Batch) -> Tensor:
 def scored(task: Task, model: nn.Module, batch: Data | Batch) -> tuple[Tensor, Tensor]:
     """Scores and targets of what is labelled in a batch.
 
-    Graphs all count. Of nodes those at `rows`, or those with `mask`, or the `batch_size` first ones
-    that a NeighborLoader started from, or all. Of links those in `edge_label_index`; without pairs
-    that are none among them, as in training, as many random pairs are added, which hardly ever are
-    edges.
+    Graphs all count. Of nodes those at `rows`, or those that a NeighborLoader started from, or
+    those with `mask`, or all. Of links those in `edge_label_index`; in training, where all of them
+    are edges, as many random pairs besides, which hardly ever are edges.
     """
-    out = predict(model, batch)
     fields = cast(Data, batch).to_dict()
+    if task.level == "link":
+        pairs, labels = fields["edge_label_index"], fields["edge_label"]
+        if model.training:
+            drawn = torch.randint(fields["x"].size(0), pairs.shape, device=pairs.device)
+            pairs = torch.cat([pairs, drawn], 1)
+            labels = torch.cat([torch.ones_like(labels), torch.zeros_like(labels)])
+        return predict(model, batch, pairs), labels
+    out, labels = predict(model, batch), fields["y"]
     if task.level == "graph":
-        return out, fields["y"]
-    if task.level == "node":
-        if (rows := fields.get("rows")) is not None:
-            return out[rows], fields["y"][rows]
-        if (seeds := fields.get("input_id")) is not None:
-            return out[: seeds.numel()], fields["y"][: seeds.numel()]
-        if (mask := fields.get("mask")) is not None:
-            return out[mask], fields["y"][mask]
-        return out, fields["y"]
-    pairs, labels = fields["edge_label_index"], fields["edge_label"]
-    if model.training:
-        drawn = torch.randint(out.size(0), pairs.shape, device=pairs.device)
-        pairs = torch.cat([pairs, drawn], 1)
-        labels = torch.cat([torch.ones_like(labels), torch.zeros_like(labels)])
-    return (out[pairs[0]] * out[pairs[1]]).sum(1), labels
+        return out, labels
+    if (rows := fields.get("rows")) is not None:
+        return out[rows], labels[rows]
+    if (seeds := fields.get("input_id")) is not None:
+        return out[: seeds.numel()], labels[: seeds.numel()]
+    if (mask := fields.get("mask")) is not None:
+        return out[mask], labels[mask]
+    return out, labels
 
 
 @torch.no_grad()
@@ -266,7 +277,7 @@ def load(config: Config) -> GraphSplits:
         if config.dataset == "digits":
             folder = None
         # first, while `x` has the set's own columns for orders such as `data.x`
-        if config.precompute_order:
+        if config.precompute_order and config.model != "gps":
             kept = all(order.isidentifier() for order in config.order)
             file = f"{name}-{'-'.join(config.order)}.npz"
             add_order(graphs, config.order, folder / file if folder and kept else None)
@@ -285,7 +296,6 @@ def load(config: Config) -> GraphSplits:
         cache_dir=config.cache_dir,
         download=config.download,
         prepare=prepare,
-        link_channels=config.hidden_channels,
     )
 
 
