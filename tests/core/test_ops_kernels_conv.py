@@ -136,6 +136,17 @@ def test_convolution_long_spans(
         compare(assert_near, causal_conv1d, conv_ref, inputs, **options)
 
 
+@pytest.mark.parametrize("most", [1, 1024])
+def test_convolution_many_parts(
+    assert_near: Check, device: str, monkeypatch: pytest.MonkeyPatch, most: int
+):
+    """One partial sum for every 4 tokens: more than a tile of them, and too many for a kernel."""
+    monkeypatch.setattr(conv_kernels, "MOST_PARTS", most)
+    without = ("initial_state", "bias") if most == 1 else ("initial_state",)
+    inputs = conv_inputs(9, 33, 3, 3, without=without, dtype=torch.float32, device=device)
+    compare(assert_near, causal_conv1d, conv_ref, inputs)
+
+
 @HALVES
 def test_convolution_half(assert_near: Check, device: str, half: torch.dtype):
     for weights, without in ((torch.float32, ("initial_state",)), (half, ())):
