@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ..ops.checks import computing_dtype
 from ..ops.conv import causal_conv1d, causal_conv1d_step
+from ..ops.mamba import mamba_block
 from ..ops.selective import bidirectional_selective_scan, selective_scan, selective_scan_step
 from .base import Mixer, State, register_mixer
 
@@ -124,6 +125,52 @@ class _MambaBase(Mixer):
     def _taps(self, suffix: str) -> tuple[Tensor, Tensor | None]:
         conv = self._direction(suffix)[0]
         return conv.weight.squeeze(1), conv.bias
+
+    def _trains(self, x: Tensor) -> bool:
+        """Whether gradients will be asked for of projections that nobody has replaced."""
+        if not torch.is_grad_enabled():
+            return False
+        suffixes = self._directions
+        linears = [self.in_proj, self.out_proj]
+        linears += [getattr(self, f"x_proj{s}") for s in suffixes]
+        linears += [getattr(self, f"dt_proj{s}") for s in suffixes]
+        plain = all(
+            type(m) is nn.Linear and not m._forward_hooks and not m._forward_pre_hooks
+            for m in linears
+        )
+        return plain and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
+
+    def _block(self, x: Tensor, cu_seqlens: Tensor | None, scale: float) -> Tensor:
+        """All directions as one operator, which keeps less for the backward than its parts do."""
+        kind = x.device.type
+        wanted = None
+        if kind != "meta" and x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
+            wanted = torch.get_autocast_dtype(kind)
+
+        def cast(v: Tensor) -> Tensor:
+            return v if wanted is None else v.to(wanted)
+
+        parts = [self._direction(suffix) for suffix in self._directions]
+        convs, x_projs, dt_projs, a_logs, skips = (list(v) for v in zip(*parts, strict=True))
+        inner, outer = self.in_proj, self.out_proj
+        # halving the weight is exact, cheaper than halving y, and leaves the bias alone
+        out_weight = outer.weight if scale == 1.0 else scale * outer.weight
+        return mamba_block(
+            cast(x),
+            cast(inner.weight),
+            None if inner.bias is None else cast(inner.bias),
+            [conv.weight.squeeze(1) for conv in convs],
+            [conv.bias for conv in convs if conv.bias is not None],
+            [cast(linear.weight) for linear in x_projs],
+            [cast(linear.weight) for linear in dt_projs],
+            [-torch.exp(v.to(computing_dtype(v))) for v in a_logs],
+            skips,
+            [linear.bias for linear in dt_projs],
+            cast(out_weight),
+            None if outer.bias is None else cast(outer.bias),
+            cu_seqlens,
+            [suffix != "" for suffix in self._directions],
+        )
 
     def _core(self, x: Tensor, suffix: str, reverse: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Values u, outputs (B, E, L, 1) and matrix (B, E, L, L) of one direction."""
@@ -304,6 +351,8 @@ class BiMamba(_MambaBase):
     def _mix(
         self, x: Tensor, state: State | None, cu_seqlens: Tensor | None, return_state: bool
     ) -> tuple[Tensor, State | None]:
+        if self._trains(x):
+            return self._block(x, cu_seqlens, 0.5 if self.average else 1.0), None
         u, z = self.in_proj(x).chunk(2, -1)
         forth = causal_conv1d(u, *self._taps(""), "silu", cu_seqlens=cu_seqlens)
         back = causal_conv1d(u, *self._taps("_b"), "silu", cu_seqlens=cu_seqlens, reverse=True)

@@ -28,7 +28,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .checks import computing_dtype
+from .gated.bonus import with_bonus
 from .linear.reference import state_dtype
+from .mamba.op import forward as mamba_block_parts
 from .norm.reference import rms_norm_gated_ref
 from .wkv.reference import power, ratio
 
@@ -51,6 +53,7 @@ def decompositions() -> dict[torch._ops.OpOverload, Callable]:
     ops = torch.ops.scanweave
     return {
         ops.short_conv.default: _short_conv,
+        ops.mamba_block.default: mamba_block_parts,
         ops.selective_scan.default: _selective_scan,
         ops.path_selective_scan.default: _path_selective_scan,
         ops.gated_linear_scan.default: _gated_linear_scan,
@@ -246,9 +249,12 @@ def _gated_linear_scan(
     exclusive: bool,
     shift: bool,
     final: bool,
+    bonus: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     _check(v, cu_seqlens)
-    dtype = computing_dtype(*q, *k, v, *g, *write, skip, *initial_state)
+    dtype = computing_dtype(*q, *k, v, *g, *write, skip, *initial_state, bonus)
+    if bonus is not None:
+        skip = with_bonus(skip, q[0], k[0], bonus)
     values, heads = v.to(dtype), v.shape[2]
     total, finals = None, []
     for d, back in enumerate(reverse):
