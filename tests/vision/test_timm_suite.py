@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 import timm
 from tests.vision.fetch_timm_tests import suite_path
+from tests.vision.registered import TEST_MODELS, takes
 
-import scanweave.vision  # noqa: F401  (registers the models)
+from scanweave.vision.tokens import TokenModel
 
 SUITE = suite_path()
 if not SUITE.is_file():
@@ -30,7 +31,7 @@ TOKEN_MODULES = ["vim", "ssm_vit", "hydra_vit"]
 TOKEN_MODELS = [f"{m}_*" for m in TOKEN_MODULES] + [f"test_{m}*" for m in TOKEN_MODULES]
 TOKEN_MODELS += ["local_vim_*", "mambar_*", "test_mambar*"]
 MODULES = [*TOKEN_MODULES, "vmamba"]
-MODELS = [*TOKEN_MODELS, "vmamba_*", "vanilla_vmamba_*", "test_vmamba*"]
+MODELS = [*TOKEN_MODELS, "vmamba_*", "vanilla_vmamba_*", "local_vmamba_*", "test_vmamba*"]
 
 # torch deprecates TorchScript, which timm tests still
 pytestmark = pytest.mark.filterwarnings("default")
@@ -133,3 +134,39 @@ def test_timm_says_of_other_models(name: str, arguments: tuple[Any, ...], model:
 def test_timm_says_of_other_models_of_stages(name: str, arguments: tuple[Any, ...]) -> None:
     """The same, asked of a model whose features are maps."""
     _SUITE[name]("test_vmamba", *copy.deepcopy(arguments))
+
+
+@pytest.mark.parametrize("model", TEST_MODELS)
+@pytest.mark.parametrize(
+    ("name", "arguments", "size"),
+    [
+        ("test_reset_classifier_keeps_pool", ("",), 64),
+        ("test_head_hidden_size", ("", {}), 64),
+        ("test_gcvit_batch_consistency", (), 224),
+        ("test_convit_dtype_change_after_forward", (), 224),
+    ],
+)
+def test_timm_says_of_named_models(
+    name: str, arguments: tuple[Any, ...], size: int, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What timm asks of models that it names in the test, ours in their place."""
+
+    def create(_: str, pretrained: bool = False, **kwargs: Any) -> Any:
+        image = {"img_size": size} if takes(model, "img_size") else {}
+        return timm.create_model(model, **{**image, **kwargs})
+
+    if name == "test_head_hidden_size" and takes(model, "depth"):
+        # timm's own tokens cannot be pooled so either; they answer with an AssertionError
+        monkeypatch.setattr(TokenModel, "_checked_pool", _asserting(TokenModel._checked_pool))
+    monkeypatch.setitem(_SUITE, "create_model", create)
+    _SUITE[name](*arguments)
+
+
+def _asserting(check: Callable[..., str]) -> Callable[..., str]:
+    def checked(*args: Any) -> str:
+        try:
+            return check(*args)
+        except ValueError as error:
+            raise AssertionError from error
+
+    return checked
