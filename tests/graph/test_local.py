@@ -22,6 +22,9 @@ def test_mean_is_that_of_the_set(random_graphs):
     encoder = MeanEncoder(4, 6).double()
     out = encoder(x, walks, neighbours)
     assert out.shape == (11, 7, 6)
+    with torch.no_grad():
+        # without gradients repeated nodes stay, with weight zero
+        torch.testing.assert_close(encoder(x, walks, neighbours), out)
     for root in range(11):
         for token in range(7):
             nodes = sorted(set(walks[root, token].flatten().tolist()))

@@ -12,6 +12,7 @@ from scanweave.graph.walks import (
     random_walks,
     token_lengths,
     token_subgraphs,
+    token_weights,
     walked_edges,
 )
 
@@ -101,6 +102,18 @@ def test_sets_hold_each_visited_node_once(random_graphs):
         assert nodes[part].tolist() == sorted(set(visited))
         assert token[part].unique().tolist() == [number]
         assert nodes[root[number]] == visited[0]
+
+
+def test_weights_count_each_visited_node_once(random_graphs):
+    _, edges, _ = random_graphs([12])
+    walks = walk(edges, 12, 3, 2, 2)
+    nodes, weights = token_weights(walks)
+    assert nodes.shape == weights.shape == (12 * 7, 8)
+    for row, weight, visited in zip(nodes, weights, walks.flatten(0, 1).flatten(1), strict=True):
+        counted = row[weight > 0].tolist()
+        assert counted == sorted(set(visited.tolist()))
+        assert weight.sum() == pytest.approx(1)
+        assert weight[weight > 0].unique().numel() == 1
 
 
 @pytest.mark.parametrize("directed", [False, True])

@@ -21,6 +21,7 @@ from .walks import (
     Neighbours,
     induced_edges,
     token_subgraphs,
+    token_weights,
     walked_edges,
     walked_places,
 )
@@ -47,8 +48,17 @@ class MeanEncoder(nn.Module):
         self, x: Tensor, walks: Tensor, neighbours: Neighbours, edge_attr: Tensor | None = None
     ) -> Tensor:
         """Token vectors (n, L, D) from node features (N, F) and walks (n, L, M, m + 1)."""
-        sets = token_subgraphs(walks)
-        return _means(self.lin(x), sets.nodes, sets.ptr).view(*walks.shape[:2], self.out_channels)
+        values = self.lin(x)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # gradients of repeated nodes cost more than leaving them out
+            sets = token_subgraphs(walks)
+            out = _means(values, sets.nodes, sets.ptr)
+        else:
+            # no size depends on values: nothing waits for the device, nothing breaks a graph
+            nodes, weight = token_weights(walks)
+            weight = weight.to(values.dtype)
+            out = F.embedding_bag(nodes, values, per_sample_weights=weight, mode="sum")
+        return out.view(*walks.shape[:2], self.out_channels)
 
 
 class GINEncoder(nn.Module):

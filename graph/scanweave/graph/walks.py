@@ -11,6 +11,7 @@ graph gets the same walks whatever else is in the batch.
     token_lengths      steps of the walks of each token: m, ..., m, ..., 1, ..., 1, 0
     Subgraphs          the node sets of all tokens behind each other
     token_subgraphs    walks -> Subgraphs
+    token_weights      walks -> visited nodes with weights that count each once
     induced_edges      edges of the graph between nodes of one token
     walked_edges       those edges that a walk of the token took, both ways
 
@@ -176,14 +177,35 @@ def token_subgraphs(walks: Tensor) -> Subgraphs:
         walks: What `random_walks` returns, (n, L, M, m + 1) int64.
     """
     visited = walks.flatten(0, 1).flatten(1)
-    ordered = visited.sort(1).values
-    first = torch.ones_like(ordered, dtype=torch.bool)
-    first[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    ordered, first = _first_visits(visited)
     counts = first.sum(1)
     ptr = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     token = torch.arange(counts.numel(), device=walks.device).unsqueeze(1).expand_as(first)[first]
     before = first & (ordered < visited[:, :1])
     return Subgraphs(ordered[first], token, ptr, ptr[:-1] + before.sum(1))
+
+
+@torch.no_grad()
+def token_weights(walks: Tensor) -> tuple[Tensor, Tensor]:
+    """The visited nodes of each token with repeats, and weights for the mean over different ones.
+
+    Args:
+        walks: What `random_walks` returns, (n, L, M, m + 1) int64.
+
+    Returns:
+        Nodes (n L, M (m + 1)) int64 and weights of the same shape: 1 / (number of different nodes)
+        where a node is first, 0 where it comes again.
+    """
+    ordered, first = _first_visits(walks.flatten(0, 1).flatten(1))
+    return ordered, first / first.sum(1, keepdim=True)
+
+
+def _first_visits(visited: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows sorted, and whether an entry differs from the one before it."""
+    ordered = visited.sort(1).values
+    first = torch.ones_like(ordered, dtype=torch.bool)
+    first[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    return ordered, first
 
 
 @torch.no_grad()
