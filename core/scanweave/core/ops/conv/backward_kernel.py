@@ -18,7 +18,8 @@ from ..launch import sigmoid
 from .forward_kernel import load_rows, load_taps, owners_of
 
 
-@triton.jit
+# one compilation serves all lengths
+@triton.jit(do_not_specialize=["tokens", "span", "blocks_l", "blocks_d"])
 def backward_kernel(
     x_ptr,
     weight_ptr,  # (D, W)
@@ -132,7 +133,8 @@ def backward_kernel(
         tl.store(partial_ptr + WIDTH * dim, dbias, mask=mask_d)
 
 
-@triton.jit
+# one compilation serves all lengths
+@triton.jit(do_not_specialize=["parts"])
 def sum_kernel(
     partial_ptr,  # (parts, W + HAS_BIAS, D)
     dweight_ptr,  # (D, W)

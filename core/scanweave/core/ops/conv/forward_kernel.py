@@ -71,7 +71,8 @@ def _position(cu_ptr, sequence, token, REVERSE: tl.constexpr):
         return token - tl.load(cu_ptr + sequence, mask=known, other=0).to(tl.int64)
 
 
-@triton.jit
+# one compilation serves all lengths
+@triton.jit(do_not_specialize=["tokens", "span", "blocks_l", "blocks_d"])
 def forward_kernel(
     x_ptr,
     weight_ptr,  # (D, W)
