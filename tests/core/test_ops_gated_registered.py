@@ -30,6 +30,8 @@ CASES: list[dict[str, Any]] = [
     {"directions": 2},
     {"directions": 2, "packed": True, "shift": True},
     {"bare": True, "final": False},
+    {"kind": "all", "bonus": True},
+    {"bare": True, "bonus": True},
 ]
 EACH_CASE = pytest.mark.parametrize("case", CASES, ids=str)
 
@@ -41,6 +43,7 @@ def scan_args(
     shift: bool = False,
     bare: bool = False,
     final: bool = True,
+    bonus: bool = False,
     grad: bool = False,
 ) -> tuple:
     """Positional arguments of the registered op."""
@@ -63,7 +66,14 @@ def scan_args(
         lists |= {"g": [], "write": [], "skip": None, "initial_state": []}
     names = ("q", "k", "v", "g", "write", "skip", "initial_state")
     cu = pack(LENGTHS) if packed else None
-    return (*(lists[n] for n in names), cu, [False, True][:directions], shift, shift, final)
+    flags = (cu, [False, True][:directions], shift, shift, final)
+    extra = (plain(torch.randn(4, 3)),) if bonus else ()
+    return (*(lists[n] for n in names), *flags, *extra)
+
+
+def backward_args(args: tuple) -> tuple:
+    """Those that the backward op takes, behind the gradients of its outputs."""
+    return (*args[:11], *args[12:])
 
 
 @OPCHECK
@@ -79,7 +89,7 @@ def test_opcheck_backward(case: dict[str, Any]):
     args = scan_args(**case)
     out, final = SCAN(*args)
     dfinal = torch.randn_like(final) if case.get("final", True) else None
-    torch.library.opcheck(SCAN_BACKWARD, (torch.randn_like(out), dfinal, *args[:-1]))
+    torch.library.opcheck(SCAN_BACKWARD, (torch.randn_like(out), dfinal, *backward_args(args)))
 
 
 @EACH_CASE
@@ -90,11 +100,11 @@ def test_fake_results_look_like_real_ones(case: dict[str, Any]):
         return [(v.shape, v.dtype, v.stride()) for v in results]
 
     real = SCAN(*args)
-    grads = SCAN_BACKWARD(real[0], None, *args[:-1])
+    grads = SCAN_BACKWARD(real[0], None, *backward_args(args))
     with FakeTensorMode() as mode:
         fake_args = tree_map_only(Tensor, mode.from_tensor, args)
         fake = SCAN(*fake_args)
-        fake_grads = SCAN_BACKWARD(fake[0], None, *fake_args[:-1])
+        fake_grads = SCAN_BACKWARD(fake[0], None, *backward_args(fake_args))
     assert looks(fake) == looks(real)
     assert looks(fake_grads) == looks(grads)
 

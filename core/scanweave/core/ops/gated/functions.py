@@ -8,10 +8,9 @@ Under other names: `named.py`. Equations and letters: `reference.py`.
 
 from typing import Any, Literal, NamedTuple, overload
 
-import torch
 from torch import Tensor
 
-from ..checks import check_cu_seqlens, check_tensor, computing_dtype
+from ..checks import check_cu_seqlens, check_tensor
 from .op import GatedLinearScan
 
 MAX_WIDTH = 256
@@ -108,11 +107,13 @@ def _apply(
     exclusive: bool,
     shift: bool,
     final: bool,
+    bonus: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     q, k, g, write, state = zip(*directions, strict=True)
     columns = [c if c[0] is not None else () for c in (g, write, state)]
-    has = (bool(columns[0]), bool(columns[1]), skip is not None, bool(columns[2]))
-    tensors = [*q, *k, v, *columns[0], *columns[1], *([] if skip is None else [skip]), *columns[2]]
+    given = [[] if u is None else [u] for u in (skip, bonus)]
+    has = tuple(bool(u) for u in (*columns[:2], given[0], columns[2], given[1]))
+    tensors = [*q, *k, v, *columns[0], *columns[1], *given[0], *columns[2], *given[1]]
     config = (has, reverse, exclusive, shift, final)
     return GatedLinearScan.apply(config, cu_seqlens, *tensors)
 
@@ -179,15 +180,9 @@ def gated_linear_scan(
     if bonus is not None:
         if not exclusive:
             raise ValueError("bonus must be None unless exclusive: an inclusive reading has it")
-        heads, (groups, keys) = v.shape[2], q.shape[2:]
-        check_tensor("bonus", bonus, (heads, keys), v, "(H, K)")
-        dtype = computing_dtype(q, k, bonus)
-        weights = bonus.to(dtype).unflatten(0, (groups, heads // groups))
-        own = torch.einsum("blgk,guk->blgu", q.to(dtype) * k.to(dtype), weights).flatten(2)
-        skip = own if skip is None else skip + own
-    out, final = _apply(
-        [direction], v, skip, cu_seqlens, (bool(reverse),), exclusive, False, return_final_state
-    )
+        check_tensor("bonus", bonus, (v.shape[2], q.shape[3]), v, "(H, K)")
+    flags = (exclusive, False, return_final_state)
+    out, final = _apply([direction], v, skip, cu_seqlens, (bool(reverse),), *flags, bonus)
     return (out, final[0]) if return_final_state else out
 
 

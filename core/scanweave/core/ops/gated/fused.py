@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ..checks import on_kernels
 from ..launch import adjacent
-from . import vector
 from .kernels import Direction, frame_of, precision_of, sums_of
 from .mix_kernel import mix
 from .pair_kernel import pair
@@ -20,9 +19,9 @@ from .walk_kernel import walk
 FEW_CHUNKS = 8
 
 
-def takes(v: Tensor) -> bool:
-    """Whether the kernels run a scan: on a GPU."""
-    return on_kernels(v)
+def takes(v: Tensor, g: list[Tensor]) -> bool:
+    """Whether the kernels run a scan: on a GPU, and not with a decay for every channel."""
+    return on_kernels(v) and not (g and g[0].ndim == 4)
 
 
 def forward(
@@ -40,9 +39,6 @@ def forward(
     final: bool,
 ) -> tuple[Tensor, Tensor]:
     """Output and, if asked, final states (D, S, H, K, V)."""
-    if g and g[0].ndim == 4:
-        lists = (q, k, v, g, write, skip, initial_state)
-        return vector.forward(*lists, cu_seqlens, reverse, exclusive, shift, final)
     q, k, v = [adjacent(u) for u in q], [adjacent(u) for u in k], adjacent(v)
     precision = precision_of(q, k, v)
     frame = frame_of(v, cu_seqlens, precision.chunk)
@@ -96,9 +92,6 @@ def backward(
     shift: bool,
 ) -> list[Tensor]:
     """Gradients of q, k, v, g, write, skip and initial states, in this order."""
-    if g and g[0].ndim == 4:
-        lists = (q, k, v, g, write, skip, initial_state)
-        return vector.backward(dout, dfinal, *lists, cu_seqlens, reverse, exclusive, shift)
     q, k, v = [adjacent(u) for u in q], [adjacent(u) for u in k], adjacent(v)
     dout = adjacent(dout)
     precision = precision_of(q, k, v)

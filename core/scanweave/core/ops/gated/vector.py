@@ -7,6 +7,7 @@ no state), then outputs are mixed. The backward scales and walks again. How: `ve
 import torch
 from torch import Tensor
 
+from ..checks import on_kernels
 from ..launch import adjacent
 from .kernels import Frame, Precision, frame_of, precision_of
 from .vector_mix import vector_mix
@@ -14,6 +15,11 @@ from .vector_pair import gradients, vector_pair
 from .vector_scale import Vector, scaled
 from .vector_steep import steep_pairs
 from .vector_walk import vector_walk
+
+
+def takes(v: Tensor, g: list[Tensor]) -> bool:
+    """Whether these kernels run a scan: on a GPU, with a decay of every key channel."""
+    return on_kernels(v) and bool(g) and g[0].ndim == 4
 
 
 def forward(
@@ -24,6 +30,7 @@ def forward(
     write: list[Tensor],
     skip: Tensor | None,
     initial_state: list[Tensor],
+    bonus: Tensor | None,
     cu_seqlens: Tensor | None,
     reverse: list[bool],
     exclusive: bool,
@@ -37,7 +44,8 @@ def forward(
     factors = write or [None] * len(q)
     flags = {"exclusive": exclusive, "shift": shift}
     directions = [
-        scaled(frame, *d, precision, **flags) for d in zip(q, k, g, factors, reverse, strict=True)
+        scaled(frame, *d, bonus, precision, **flags)
+        for d in zip(q, k, g, factors, reverse, strict=True)
     ]
     pairs = [steep_pairs(frame, d, v, None, None, precision, **flags) for d in directions]
     states, last = None, torch.empty(0, dtype=torch.float32, device=v.device)
@@ -59,6 +67,7 @@ def forward(
             last = torch.stack([walk[1] for walk in walks if walk[1] is not None])
     if frame.single and not initial_state:
         states = None
+    skip = _own(skip, directions[0])
     out = vector_mix(
         frame, directions, pairs, v, skip, states, precision, exclusive=exclusive, back=False
     )
@@ -75,6 +84,7 @@ def backward(
     write: list[Tensor],
     skip: Tensor | None,
     initial_state: list[Tensor],
+    bonus: Tensor | None,
     cu_seqlens: Tensor | None,
     reverse: list[bool],
     exclusive: bool,
@@ -88,7 +98,8 @@ def backward(
     factors = write or [None] * len(q)
     flags = {"exclusive": exclusive, "shift": shift}
     directions = [
-        scaled(frame, *d, precision, **flags) for d in zip(q, k, g, factors, reverse, strict=True)
+        scaled(frame, *d, bonus, precision, **flags)
+        for d in zip(q, k, g, factors, reverse, strict=True)
     ]
     parts = [
         gradients(frame, x, v, precision, shift=shift, skip=skip is not None and d == 0)
@@ -101,12 +112,14 @@ def backward(
     states, dstates, dstart = _states_of(
         frame, directions, dout, dfinal, v, initial_state, precision
     )
+    own = _own(skip, directions[0])
     dv = vector_mix(
-        frame, directions, pairs, dout, skip, dstates, precision, exclusive=exclusive, back=True
+        frame, directions, pairs, dout, own, dstates, precision, exclusive=exclusive, back=True
     )
     for d, (x, part) in enumerate(zip(directions, parts, strict=True)):
-        given = (states and states[d], dstates and dstates[d])
-        vector_pair(frame, x, dout, v, *given, part, precision, **flags)
+        h = None if states is None else states[d]
+        dh = None if dstates is None else dstates[d]
+        vector_pair(frame, x, dout, v, h, dh, part, precision, **flags)
     groups = q[0].shape[2]
 
     def of_groups(x: Tensor) -> Tensor:
@@ -116,7 +129,14 @@ def backward(
     grads += [p.g for p in parts]
     grads += [p.write.sum(0) for p in parts if p.write is not None]
     grads += [p.skip for p in parts if p.skip is not None]
-    return grads + dstart
+    return grads + dstart + [p.bonus.sum(0) for p in parts if p.bonus is not None]
+
+
+def _own(skip: Tensor | None, direction: Vector) -> Tensor | None:
+    """What a token's own value is multiplied by beside the scan: skip and bonus."""
+    if direction.own is None:
+        return skip
+    return direction.own if skip is None else direction.own + skip
 
 
 def _states_of(

@@ -46,6 +46,7 @@ def _vector_pair_kernel(
     k_ptr,
     g_ptr,
     write_ptr,
+    bonus_ptr,  # (H, K)
     queries_ptr,  # (H, B L, K)
     keys_ptr,
     totals_ptr,  # (M, H, K)
@@ -57,6 +58,7 @@ def _vector_pair_kernel(
     dg_ptr,
     dw_ptr,  # (blocks of keys, B, L, H)
     dskip_ptr,  # (B, L, H)
+    dbonus_ptr,  # (M, H, K)
     cu_ptr,
     table_ptr,
     chunks,
@@ -88,6 +90,7 @@ def _vector_pair_kernel(
     SHIFT: tl.constexpr,
     HAS_W: tl.constexpr,
     HAS_SKIP: tl.constexpr,
+    HAS_BONUS: tl.constexpr,
     HAS_STATE: tl.constexpr,
     PACKED: tl.constexpr,
     KEYS: tl.constexpr,
@@ -140,8 +143,9 @@ def _vector_pair_kernel(
     i, j = step[:, None], step[None, :]
     steps = i - j - 1 if EXCLUSIVE else i - j
     target = (batch * length + first + place) * heads + head
-    if HAS_SKIP:
+    if HAS_SKIP or HAS_BONUS:
         own = tl.sum(tl.where(i == j, weights, 0.0), 1)
+    if HAS_SKIP:
         # every block of keys finds the same
         tl.store(dskip_ptr + target, own, mask=tl.where(valid, block == 0, False))
     undecayed = tl.where(steps == 0, weights, 0.0)
@@ -228,12 +232,21 @@ def _vector_pair_kernel(
     if steep:
         dq += tl.load(dq_ptr + dq_at, mask=mask_q, other=0.0).to(tl.float32)
         dk += tl.load(dk_ptr + wide, mask=mask, other=0.0).to(tl.float32)
-    if HAS_W:
+    if HAS_W or HAS_BONUS:
         k = _load_rows(k_at, first + place, valid, offs_k, stride_kl, KEYS)
+    if HAS_W:
         dw_at = dw_ptr + block.to(tl.int64) * rows * heads + target
         tl.store(dw_at, tl.sum(dk * k, 1), mask=valid)
         write = tl.load(w_at + (first + place) * stride_wl, mask=valid, other=0.0)
         dk *= write.to(tl.float32)[:, None]
+    if HAS_BONUS:
+        bonus = tl.load(bonus_ptr + head * KEYS + offs_k, mask=mask_k, other=0.0)
+        bonus = own[:, None] * bonus.to(tl.float32)[None, :]
+        q = _load_rows(q_at, first + place, valid, offs_k, stride_ql, KEYS)
+        dq += bonus * k
+        dk += bonus * q
+        dbonus = tl.sum(own[:, None] * q * k, 0)
+        tl.store(dbonus_ptr + at * KEYS + offs_k, dbonus, mask=mask_k)
     tl.store(dq_ptr + dq_at, dq.to(dq_ptr.dtype.element_ty), mask=mask_q)
     tl.store(dk_ptr + wide, dk.to(dk_ptr.dtype.element_ty), mask=mask)
 
@@ -246,6 +259,7 @@ class Gradients(NamedTuple):
     g: Tensor
     write: Tensor | None
     skip: Tensor | None
+    bonus: Tensor | None  # by chunk, (M, H, K)
 
 
 def gradients(
@@ -272,6 +286,8 @@ def gradients(
         make(g),
         None if direction.write is None else vectors(blocks),
         vectors(1)[0] if skip else None,
+        # some chunks of packed sequences do not exist
+        None if direction.bonus is None else torch.zeros_like(direction.totals),
     )
 
 
@@ -302,7 +318,7 @@ def vector_pair(
             k,
             g,
             # absent tensors are never read, but pointers are moved
-            v if write is None else write,
+            *(v if p is None else p for p in (write, direction.bonus)),
             direction.queries,
             direction.keys,
             direction.totals,
@@ -311,7 +327,7 @@ def vector_pair(
             grads.q,
             grads.k,
             grads.g,
-            *(v if p is None else p for p in (grads.write, grads.skip)),
+            *(v if p is None else p for p in (grads.write, grads.skip, grads.bonus)),
             *frame.arguments(),
             heads,
             heads // q.shape[2],
@@ -327,6 +343,7 @@ def vector_pair(
             SHIFT=shift,
             HAS_W=write is not None,
             HAS_SKIP=grads.skip is not None,
+            HAS_BONUS=direction.bonus is not None,
             HAS_STATE=states is not None,
             PACKED=frame.cu_seqlens is not None,
             KEYS=q.shape[3],

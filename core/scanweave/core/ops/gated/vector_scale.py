@@ -40,11 +40,13 @@ class Vector(NamedTuple):
     k: Tensor
     g: Tensor  # (B, L, H, K)
     write: Tensor | None  # (B, L, H)
+    bonus: Tensor | None  # (H, K)
     reverse: bool
     queries: Tensor  # q', (H, B L, K), in the dtype of matrix products
     keys: Tensor  # k'
     totals: Tensor  # T, (M, H, K)
     steep: Tensor  # (M, H), 0 or 1
+    own: Tensor | None  # q . (bonus k), (B, L, H)
 
 
 @triton.jit
@@ -124,10 +126,12 @@ def _vector_scale_kernel(
     k_ptr,
     g_ptr,
     write_ptr,
+    bonus_ptr,  # (H, K)
     queries_ptr,
     keys_ptr,
     totals_ptr,
     steep_ptr,
+    own_ptr,  # (B, L, H)
     cu_ptr,
     table_ptr,
     chunks,
@@ -152,6 +156,7 @@ def _vector_scale_kernel(
     EXCLUSIVE: tl.constexpr,
     SHIFT: tl.constexpr,
     HAS_W: tl.constexpr,
+    HAS_BONUS: tl.constexpr,
     PACKED: tl.constexpr,
     KEYS: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -215,11 +220,15 @@ def _vector_scale_kernel(
         mask=valid_q[:, None] & mask_k[None, :],
         other=0.0,
     )
-    q = q.to(tl.float32) * tl.exp2(of_q)
-    tl.store(queries_ptr + target, q.to(queries_ptr.dtype.element_ty), mask=mask)
+    scaled_q = q.to(tl.float32) * tl.exp2(of_q)
+    tl.store(queries_ptr + target, scaled_q.to(queries_ptr.dtype.element_ty), mask=mask)
 
     k_at = k_ptr + batch * stride_kb + group * stride_kg
     k = tl.load(k_at + (first + place)[:, None] * stride_kl + offs_k[None, :], mask=mask, other=0.0)
+    if HAS_BONUS:
+        bonus = tl.load(bonus_ptr + head * KEYS + offs_k, mask=mask_k, other=0.0)
+        own = tl.sum(q.to(tl.float32) * k.to(tl.float32) * bonus.to(tl.float32)[None, :], 1)
+        tl.store(own_ptr + (batch * length + first + place) * heads + head, own, mask=valid)
     k = k.to(tl.float32) * tl.exp2(of_k)
     if HAS_W:
         w_at = write_ptr + batch * stride_wb + head * stride_wh
@@ -240,6 +249,7 @@ def scaled(
     g: Tensor,
     write: Tensor | None,
     reverse: bool,
+    bonus: Tensor | None,
     precision: Precision,
     *,
     exclusive: bool,
@@ -248,7 +258,8 @@ def scaled(
     """Scale q and k of one direction."""
     batch, length, heads, keys = g.shape
     block_k = max(16, power_of_2(keys))
-    warps = 8 if frame.chunk * block_k > 4096 else 4
+    elements = frame.chunk * block_k
+    warps = 8 if elements > 4096 else 4
     like = {"device": g.device}
     operand = operand_of(precision)
     queries, keyed = (
@@ -256,6 +267,10 @@ def scaled(
     )
     totals = torch.empty((frame.slots, heads, keys), dtype=torch.float32, **like)
     steep = torch.empty((frame.slots, heads), dtype=torch.int32, **like)
+    own = None
+    if bonus is not None:
+        bonus = bonus.contiguous()
+        own = torch.empty((batch, length, heads), dtype=torch.float32, **like)
     if g.numel():
         with on_device(g):
             _vector_scale_kernel[(frame.slots, heads)](
@@ -263,10 +278,12 @@ def scaled(
                 k,
                 g,
                 g if write is None else write,
+                bonus,
                 queries,
                 keyed,
                 totals,
                 steep,
+                own,
                 *frame.arguments(),
                 heads,
                 heads // q.shape[2],
@@ -279,13 +296,14 @@ def scaled(
                 EXCLUSIVE=exclusive,
                 SHIFT=shift,
                 HAS_W=write is not None,
+                HAS_BONUS=bonus is not None,
                 PACKED=frame.cu_seqlens is not None,
                 KEYS=keys,
                 CHUNK=frame.chunk,
                 BLOCK_K=block_k,
                 num_warps=warps,
                 enable_fp_fusion=True,
-                # so that the processor holds two programs; nothing spills up to 128 keys
-                **register_limit(128 if warps == 8 else None),
+                # so that a processor holds two programs; nothing spills
+                **register_limit(128 if elements == 8192 else None),
             )
-    return Vector(q, k, g, write, reverse, queries, keyed, totals, steep)
+    return Vector(q, k, g, write, bonus, reverse, queries, keyed, totals, steep, own)
