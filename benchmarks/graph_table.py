@@ -37,6 +37,7 @@ _LEAST, _MOST = 3, 200
 # a process start with its data, and an allowance for sets that do not run alone
 _START, _SAFETY = 20.0, 1.12
 _PROBE_STEPS = 45
+_PROBE_LIMIT = 120.0
 
 
 def make_jobs(
@@ -159,19 +160,26 @@ def _probe(
     for name in sets:
         if SETS[name].together or name in epochs:
             continue
+        # as many processes as later, so that they hinder each other as much
+        slots = options.slots * len(devices)
+        filled = [*models, *["GMN"] * options.long]
+        filled += [models[i % len(models)] for i in range(slots - len(filled))]
         jobs = [
             replace(
-                _job(name, model, "0", options, 1, ", probe", "--probe", str(_PROBE_STEPS)),
+                _job(name, model, str(n), options, 1, ", probe", "--probe", str(_PROBE_STEPS)),
                 metrics={"epoch": "epoch", "step": "step"},
             )
-            for model in models
+            for n, model in enumerate(filled)
         ]
-        run_jobs(jobs, options.out, devices=devices, slots=options.slots, limit=options.seconds)
-        done = {job.model: read_done(job, options.out) for job in jobs}
-        times = {model: found["metrics"]["epoch"] for model, found in done.items() if found}
+        run_jobs(jobs, options.out, devices=devices, slots=options.slots, limit=_PROBE_LIMIT)
+        times: dict[str, float] = {}
+        for job in jobs:
+            if found := read_done(job, options.out):
+                times[job.model] = max(times.get(job.model, 0), found["metrics"]["epoch"])
         if not times:
             raise RuntimeError(f"no model of {name} ran; see the logs in {options.out}")
-        slots = options.slots * len(devices)
+        for model in models:
+            times.setdefault(model, max(times.values()))
         count = options.seeds or SETS[name].seeds
         epochs[name], long = choose(times, count, slots, options.seconds, options.long)
         if long:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch_geometric.datasets
+from filelock import FileLock
 from torch import Tensor
 from torch_geometric.data import Data
 
@@ -111,15 +112,24 @@ def read_set(
                 "download=True lets PyG fetch them"
             )
         root = _linked(raw, Path(cache_dir) / family)
+    root.mkdir(parents=True, exist_ok=True)
+    # runs that start together must not write `processed` together
+    with FileLock(root / f".{_plain(own)}.lock"):
+        graphs, split = _open(made, family, own, root)
+    return RawSet(graphs, split, family, own)
+
+
+def _open(made: Any, family: str, own: str, root: Path) -> tuple[list[Data], list[int] | None]:
+    """Graphs and split that PyG's class gives."""
     takes = inspect.signature(made.__init__).parameters
     options: dict[str, Any] = {"name": own} if "name" in takes else {}
     if family == "TUDataset":
         options |= {"use_node_attr": True, "use_edge_attr": True}
     if takes.get("split") is None or takes["split"].default != "train":
-        return RawSet(list(made(str(root), **options)), None, family, own)
+        return list(made(str(root), **options)), None
     parts = [list(made(str(root), split=part, **options)) for part in ("train", "val", "test")]
     split = [number for number, part in enumerate(parts) for _ in part]
-    return RawSet([graph for part in parts for graph in part], split, family, own)
+    return [graph for part in parts for graph in part], split
 
 
 def _plain(name: str) -> str:
