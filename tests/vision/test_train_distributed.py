@@ -133,30 +133,56 @@ def launch(folder: Path, *options: str) -> list[dict[str, Any]]:
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
 
 
+def check(folder: Path, seen: list[dict[str, Any]], tolerance: float) -> None:
+    """Compare what two processes saw and made with one process and with each other."""
+    assert [rank["steps"] for rank in seen] == [12, 12]
+    # one grid a stage for the model, its average, and what the evaluation unwraps; not every step
+    assert all(rank["reads"] <= 8 for rank in seen), seen
+    one, model = run(folder / "one", 8, True)
+    for name, value in one["metrics"].items():
+        assert seen[0]["metrics"][name] == pytest.approx(value, rel=tolerance, abs=1e-5), name
+    found = [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+    for name, value in model.cpu().state_dict().items():
+        assert found[0][name].cpu().equal(found[1][name].cpu()), name
+        torch.testing.assert_close(
+            found[0][name].cpu(), value, rtol=tolerance, atol=tolerance / 10, msg=name
+        )
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_two_processes_equal_one_with_the_double_batch(tmp_path: Path):
     if torch.cuda.is_available():
         pytest.skip("the launcher would take the GPUs")
     seen = launch(tmp_path, "--multi_gpu")
-    assert [rank["steps"] for rank in seen] == [12, 12]
-    # one grid a stage for the model, its average, and what the evaluation unwraps; not every step
-    assert all(rank["reads"] <= 8 for rank in seen), seen
     assert all(rank["sharded"] < 1e-6 for rank in seen), seen
-    one, model = run(tmp_path / "one", 8, True)
-    for name, value in one["metrics"].items():
-        assert seen[0]["metrics"][name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
-    found = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
-    for name, value in model.state_dict().items():
-        assert found[0][name].equal(found[1][name]), name
-        torch.testing.assert_close(found[0][name], value, rtol=1e-4, atol=1e-5, msg=name)
+    check(tmp_path, seen, 1e-4)
 
 
-def test_fsdp_1_refuses_an_average(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(("version", "efficient"), [("1", "false"), ("2", "true")])
+def test_an_average_is_refused_where_fsdp_cannot_have_one(
+    version: str, efficient: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    monkeypatch.setenv("FSDP_VERSION", "1")
-    with pytest.raises(ValueError, match=r"ema_decay must be 0 with FSDP 1, got 0.9; launch with"):
+    monkeypatch.setenv("FSDP_VERSION", version)
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", efficient)
+    with pytest.raises(ValueError, match=r"ema_decay must be 0 under FSDP, got 0.9, unless it is"):
         run(tmp_path, 4, False)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--multi_gpu"],
+        ["--use_fsdp", "--fsdp_version", "2", "--fsdp_cpu_ram_efficient_loading", "false"],
+    ],
+    ids=["ddp", "fsdp2"],
+)
+def test_two_gpus(options: list[str], tmp_path: Path):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    check(tmp_path, launch(tmp_path, *options), 1e-3)
 
 
 if __name__ == "__main__":

@@ -206,15 +206,10 @@ def fit(
         model: What to train; by default what `build_model` makes.
 
     Raises:
-        ValueError: a setting differs from the run that is resumed, or FSDP 1 is to split a model
-            whose weights are averaged.
+        ValueError: a setting differs from the run that is resumed, or FSDP is to split a model
+            whose weights are averaged, in a way that does not work.
     """
-    sharded = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
-    if sharded and config.ema_decay and os.environ.get("FSDP_VERSION", "1") == "1":
-        # it keeps weights in flat pieces, in which an average does not find its own
-        raise ValueError(
-            f"ema_decay must be 0 with FSDP 1, got {config.ema_decay}; launch with --fsdp_version 2"
-        )
+    sharded = _sharded(config.ema_decay)
     model = build_model(config, sets) if model is None else model
     sets = _prepared(config, sets, resolve_data_config({}, model=model))
     loader = train_loader(
@@ -280,6 +275,21 @@ def _prepared(config: Config, sets: ImageSets, data: dict[str, Any]) -> ImageSet
     train = hold_train(sets.train, config, data, device)
     val = None if sets.val is None else hold_eval(sets.val, config, data, device)
     return replace(sets, train=train, val=val)
+
+
+def _sharded(ema_decay: float) -> bool:
+    """Whether the launcher asked for FSDP."""
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() != "true":
+        return False
+    # FSDP 1 keeps weights in flat pieces, where an average does not find its own; and accelerate's
+    # efficient loading takes all that a checkpoint holds for parameters, the average's count too
+    efficient = os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "").lower() == "true"
+    if ema_decay and (efficient or os.environ.get("FSDP_VERSION", "1") == "1"):
+        raise ValueError(
+            f"ema_decay must be 0 under FSDP, got {ema_decay}, unless it is launched with "
+            "--fsdp_version 2 --fsdp_cpu_ram_efficient_loading false"
+        )
+    return True
 
 
 def _keep_constants(model: nn.Module) -> None:
