@@ -28,6 +28,7 @@ BATCH = torch.tensor([0, 0, 1, 1])
         ({"order": ()}, "order must hold at least one"),
         ({"ties": "maybe"}, "ties must be 'noise', 'fresh' or 'index', got 'maybe'"),
         ({"num_perms": 0}, "num_perms must be at least 1, got 0"),
+        ({"buckets": 0}, "buckets must be at least 1, got 0"),
         ({"eval_perms": -1}, "eval_perms must be at least 1, got -1"),
         ({"norm": "no_norm"}, "Could not resolve 'no_norm'"),
         ({"act": "no_act"}, "Could not resolve 'no_act'"),

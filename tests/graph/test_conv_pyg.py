@@ -5,11 +5,13 @@ import inspect
 import pytest
 import torch
 import torch_geometric.typing
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 from torch_geometric import EdgeIndex
 from torch_geometric.data import Batch, Data, HeteroData
 from torch_geometric.explain import Explainer, GNNExplainer
 from torch_geometric.nn import GCNConv, GPSConv, HeteroConv, SAGEConv
+from torch_geometric.testing import assert_module
 from torch_geometric.utils import (
     k_hop_subgraph,
     to_torch_coo_tensor,
@@ -17,7 +19,7 @@ from torch_geometric.utils import (
     to_torch_csr_tensor,
 )
 
-from scanweave.graph import GraphMamba, GraphMambaConv
+from scanweave.graph import GatedGCNConv, GMNConv, GraphMamba, GraphMambaConv, GraphMambaNet
 
 # torch announces, once per process, that sparse tensors are young and unchecked; PyG, that its
 # convolutions would rather have CSR, and that nodes of type b are not updated
@@ -111,6 +113,43 @@ def test_every_adjacency_form_gives_the_same_output(order, form, random_graphs):
     torch.testing.assert_close(conv(x, adj, batch), expected, atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("kind", ["conv", "gated", "gin", "mean", "model", "rwf"])
+def test_what_pyg_asserts_of_its_modules(kind, random_graphs):
+    x, edge_index, batch = random_graphs([6, 8], channels=8)
+    edge_index = edge_index.unique(dim=1)[:, torch.randperm(30)]
+    further = {"batch": batch, "batch_size": 2}
+    if kind == "conv":
+        module = GraphMambaConv(8, SAGEConv(8, 8))
+    elif kind == "gated":
+        module, further = GatedGCNConv(8), {}
+    elif kind == "model":
+        module = GraphMamba(8, 8, 2, conv=lambda channels: SAGEConv(channels, channels))
+    else:
+        module = GMNConv(8, 8, 2, 2, 1, kind, SAGEConv(8, 8))
+    # output size, edges in another order, sparse layouts
+    assert_module(
+        *(module.eval(), x.float(), edge_index), expected_size=(14, 8), atol=1e-5, **further
+    )
+
+
+ACTIVATIONS = [None, "leaky_relu", torch.relu_, functional.elu, nn.ReLU()]
+
+
+@pytest.mark.parametrize("act", ACTIVATIONS)
+@pytest.mark.parametrize("jk", [None, "cat"])
+def test_arguments_that_pyg_tests_its_models_with(jk, act):
+    x, edge_index = torch.randn(3, 8), torch.tensor([[0, 1, 1, 2], [1, 0, 2, 1]])
+    model = GraphMamba(8, 16, 3, 5, dropout=0.5, act=act, norm="layer_norm", jk=jk)
+    assert model(x, edge_index).size() == (3, 5)
+    model.reset_parameters()
+    values = torch.randn(4, 32)
+    between = model.convs[0].mlp[1](values.clone())
+    if act is None:
+        assert between.equal(values)
+    else:
+        assert not between.equal(values)
+
+
 def test_order_of_edges_changes_nothing(random_graphs):
     x, edge_index, batch = random_graphs([6, 8])
     conv = GraphMambaConv(16, SAGEConv(16, 16), order="rcm").double().eval()
@@ -130,14 +169,21 @@ def test_same_type_edges_in_a_hetero_conv():
     expected = same(data["a"].x, data["a", "to", "a"].edge_index)
     expected = expected + other((data["b"].x, data["a"].x), data["b", "to", "a"].edge_index)
     torch.testing.assert_close(out, expected)
-    wrong = HeteroConv({("b", "to", "a"): GraphMambaConv(8, SAGEConv(8, 8))})
-    with pytest.raises(ValueError, match="x must be one tensor, got a tuple of 2"):
-        wrong(data.x_dict, data.edge_index_dict)
+    tokens = HeteroConv({("a", "to", "a"): GMNConv(8, 8, 2, 2, 1)}).eval()
+    assert tokens(data.x_dict, data.edge_index_dict)["a"].shape == (5, 8)
+    for layer, message in (
+        (GraphMambaConv(8, SAGEConv(8, 8)), "x must be one tensor, got a tuple of 2"),
+        (GMNConv(8, 8, 2, 2, 1), r"x must be \(n, 8\), got tuple"),
+    ):
+        wrong = HeteroConv({("b", "to", "a"): layer})
+        with pytest.raises(ValueError, match=message):
+            wrong(data.x_dict, data.edge_index_dict)
 
 
-def test_explainer_runs_and_finds_edges(random_graphs):
+@pytest.mark.parametrize("kind", [GraphMamba, GraphMambaNet])
+def test_explainer_runs_and_finds_edges(kind, random_graphs):
     x, edge_index, _ = random_graphs([10])
-    model = GraphMamba(16, 16, 2, 3, conv=lambda channels: GCNConv(channels, channels))
+    model = kind(16, 16, 2, 3, conv=lambda channels: GCNConv(channels, channels))
     explainer = Explainer(
         model.eval(),
         GNNExplainer(epochs=3),

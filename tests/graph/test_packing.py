@@ -36,6 +36,7 @@ def test_counts_and_positions():
     counts = count_nodes(BATCH, 5)
     assert counts.tolist() == COUNTS
     assert positions_in_graph(BATCH, counts).tolist() == [0, 0, 1, 1, 0, 2, 2, 3]
+    assert positions_in_graph(BATCH * 0, torch.tensor([8])).tolist() == list(range(8))
 
 
 def test_pack_sorts_by_graph_score_and_tie():

@@ -54,8 +54,10 @@ class GraphMambaConv(NodeMixing):
         ties: How nodes of equal score are ordered: `"noise"`, a hash of seed and position, the
             same in every call; `"fresh"`, new noise in every training call; `"index"`, as stored.
         seed: Seed of that noise.
+        buckets: Sequences a graph: with more than one, every node is put into one of so many by
+            chance (by `seed` and its place, anew in every training call with ``ties="fresh"``).
         dropout: Dropout probability of intermediate embeddings.
-        act: Activation of the MLP.
+        act: Activation of the MLP: a name, a module or a function; none when None.
         act_kwargs: Arguments of the activation.
         norm: Normalization, a name or a module class; none when absent.
         norm_kwargs: Arguments of the normalization.
@@ -79,11 +81,12 @@ class GraphMambaConv(NodeMixing):
         ties: Ties = "noise",
         seed: int = 0,
         dropout: float = 0.0,
-        act: str | Callable = "relu",
+        act: str | Callable | None = "relu",
         act_kwargs: Mapping[str, Any] | None = None,
         norm: str | Callable | None = "batch_norm",
         norm_kwargs: Mapping[str, Any] | None = None,
         mixer_kwargs: Mapping[str, Any] | None = None,
+        buckets: int = 1,
     ):
         super().__init__(
             channels,
@@ -95,6 +98,7 @@ class GraphMambaConv(NodeMixing):
             ties=ties,
             seed=seed,
             mixer_kwargs=mixer_kwargs,
+            buckets=buckets,
         )
         if conv is None and mixer is None:
             raise ValueError("conv must be a layer when mixer is None, got None for both")
@@ -104,7 +108,7 @@ class GraphMambaConv(NodeMixing):
 
         self.mlp = nn.Sequential(
             nn.Linear(channels, channels * 2),
-            activation_resolver(act, **(act_kwargs or {})),
+            _activation(act, act_kwargs),
             nn.Dropout(dropout),
             nn.Linear(channels * 2, channels),
             nn.Dropout(dropout),
@@ -208,6 +212,22 @@ class GraphMambaConv(NodeMixing):
             f"{self.__class__.__name__}({self.channels}, conv={conv}, mixer={mixer}, "
             f"order={order_name(self.orders)}, bidirectional={self.bidirectional})"
         )
+
+
+class _Function(nn.Module):
+    """A plain function as a module."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+def _activation(act: str | Callable | None, kwargs: Mapping[str, Any] | None) -> nn.Module:
+    found = nn.Identity() if act is None else activation_resolver(act, **(kwargs or {}))
+    return found if isinstance(found, nn.Module) else _Function(found)
 
 
 def _normed(norm: nn.Module | None, h: Tensor, kwargs: dict[str, Any]) -> Tensor:

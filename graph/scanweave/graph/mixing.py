@@ -20,7 +20,7 @@ from torch_geometric.typing import Adj, OptTensor
 
 from scanweave.core import Mixer, create_mixer
 
-from .ordering import Order, tie_noise
+from .ordering import Order, hash_bits, tie_noise
 from .orders import order_name, resolve_order
 from .packing import (
     Sequences,
@@ -64,11 +64,13 @@ class NodeMixing(nn.Module):
         ties: Ties,
         seed: int,
         mixer_kwargs: Mapping[str, Any] | None,
+        buckets: int = 1,
     ):
         super().__init__()
         if ties not in ("noise", "fresh", "index"):
             raise ValueError(f"ties must be 'noise', 'fresh' or 'index', got {ties!r}")
-        for name, number in (("num_perms", num_perms), ("eval_perms", eval_perms)):
+        sizes = (("num_perms", num_perms), ("eval_perms", eval_perms), ("buckets", buckets))
+        for name, number in sizes:
             if number is not None and number < 1:
                 raise ValueError(f"{name} must be at least 1, got {number}")
         self.orders = resolve_order(order)
@@ -76,6 +78,7 @@ class NodeMixing(nn.Module):
         self.eval_perms = num_perms if eval_perms is None else eval_perms
         self.ties = ties
         self.seed = seed
+        self.buckets = buckets
         self.bidirectional = bidirectional
         self.mixer = make_mixer(channels, mixer, mixer_kwargs)
         self.mixer_backward = make_partner(self.mixer, bidirectional)
@@ -142,16 +145,21 @@ def stacked_sequences(
     counts = count_nodes(batch, num_graphs)
     position = positions_in_graph(batch, counts)
     rows = len(layers) * perms
+    if first.ties == "fresh" and first.training:
+        seeds = torch.randint(2**32, (len(layers), 1, 1), device=batch.device)
+    else:
+        # filled on the device: a copied list would wait for it
+        full = [position.new_full((1, 1, 1), layer.seed & 0xFFFFFFFF) for layer in layers]
+        seeds = torch.cat(full)
     if first.ties == "index":
         ties = position.expand(rows, nodes)
     else:
-        if first.ties == "fresh" and first.training:
-            seeds = torch.randint(2**32, (len(layers),), device=batch.device)
-        else:
-            # filled on the device: a copied list would wait for it
-            full = [position.new_full((1,), layer.seed & 0xFFFFFFFF) for layer in layers]
-            seeds = torch.cat(full)
-        ties = tie_noise(position, perms, seeds.view(-1, 1, 1)).view(rows, nodes)
+        ties = tie_noise(position, perms, seeds).view(rows, nodes)
+    buckets = None
+    if first.buckets > 1:
+        # numbers of their own: those of the ties would put the same nodes at the same places
+        noise = tie_noise(position, perms, hash_bits(seeds) + 1).view(rows, nodes)
+        buckets = noise * first.buckets >> 32, first.buckets
     if node_order is None:
         scores = [order(edges, batch, ties) for order in first.orders]
     else:
@@ -162,7 +170,7 @@ def stacked_sequences(
             raise ValueError(
                 f"{name} must give one score per node: got {tuple(score.shape)} for {nodes} nodes"
             )
-    return split_sequences(pack_nodes(scores, ties, batch, counts), len(layers))
+    return split_sequences(pack_nodes(scores, ties, batch, counts, buckets), len(layers))
 
 
 def shared_sequences(
@@ -190,7 +198,8 @@ def shared_sequences(
 
 
 def _sorting(layer: NodeMixing) -> tuple[Any, ...]:
-    return layer.orders, layer.perms, layer.ties, layer.training, layer.mixer is None
+    rest = (layer.ties, layer.buckets, layer.training, layer.mixer is None)
+    return layer.orders, layer.perms, *rest
 
 
 def make_mixer(

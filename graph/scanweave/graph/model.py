@@ -67,6 +67,7 @@ class GraphMamba(nn.Module):
         eval_perms: As in :class:`GraphMambaConv`.
         ties: As in :class:`GraphMambaConv`.
         seed: Seed of the noise that breaks ties.
+        buckets: As in :class:`GraphMambaConv`.
         mixer_kwargs: Arguments of the mixers.
 
     Shapes:
@@ -82,7 +83,7 @@ class GraphMamba(nn.Module):
         num_layers: int,
         out_channels: int | None = None,
         dropout: float = 0.0,
-        act: str | Callable = "relu",
+        act: str | Callable | None = "relu",
         act_kwargs: Mapping[str, Any] | None = None,
         norm: str | Callable | None = "batch_norm",
         norm_kwargs: Mapping[str, Any] | None = None,
@@ -98,6 +99,7 @@ class GraphMamba(nn.Module):
         ties: Ties = "noise",
         seed: int = 0,
         mixer_kwargs: Mapping[str, Any] | None = None,
+        buckets: int = 1,
     ):
         super().__init__()
         if num_layers < 1:
@@ -126,6 +128,7 @@ class GraphMamba(nn.Module):
                 norm=norm,
                 norm_kwargs=norm_kwargs,
                 mixer_kwargs=mixer_kwargs,
+                buckets=buckets,
             )
             for layer in range(num_layers)
         ]

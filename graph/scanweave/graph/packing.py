@@ -40,7 +40,13 @@ class Sequences(NamedTuple):
     cu_seqlens: Tensor
 
 
-def pack_nodes(scores: Sequence[Tensor], ties: Tensor, batch: Tensor, counts: Tensor) -> Sequences:
+def pack_nodes(
+    scores: Sequence[Tensor],
+    ties: Tensor,
+    batch: Tensor,
+    counts: Tensor,
+    buckets: tuple[Tensor, int] | None = None,
+) -> Sequences:
     """Sort nodes by graph, then by every score in turn, then by tie number.
 
     Args:
@@ -48,17 +54,26 @@ def pack_nodes(scores: Sequence[Tensor], ties: Tensor, batch: Tensor, counts: Te
         ties: Decides between equal scores, (K, n) int64.
         batch: Graph of every node, (n,) int64 in [0, B), in any order.
         counts: Nodes per graph, (B,) int64.
+        buckets: Part of its graph that every node is in, (K, n) int64 in [0, P), and P: a sequence
+            for every part instead of one a graph.
 
     Returns:
-        The K * B sequences; sequence k * B + b is graph b in order k.
+        The K * B sequences; sequence k * B + b is graph b in order k. With parts K * B * P, those
+        of a graph behind each other.
     """
     perms, size = ties.shape
     keys = [*(score.expand(perms, size) for score in scores), ties]
     first = torch.arange(perms, device=batch.device).unsqueeze(1)
-    if perms * counts.numel() > 1:
+    lengths = counts.repeat(perms)
+    if buckets is not None:
+        part, parts = buckets
+        group = (batch + first * counts.numel()) * parts + part
+        keys.insert(0, group)
+        lengths = count_nodes(group.reshape(-1), parts * perms * counts.numel())
+    elif perms * counts.numel() > 1:
         keys.insert(0, batch + first * counts.numel())
     index = lexsort(*(key.reshape(-1) for key in keys))
-    lengths = torch.cat([counts.new_zeros(1), counts.repeat(perms)])
+    lengths = torch.cat([counts.new_zeros(1), lengths])
     # sorting runs over all K copies of the nodes; copy k of node v has number k * n + v
     return Sequences(
         index - (first * size).expand(perms, size).reshape(-1),
@@ -76,11 +91,12 @@ def split_sequences(sequences: Sequences, layers: int) -> list[Sequences]:
     perms = rows // layers
     offset = torch.arange(layers, device=places.device).mul_(perms * size).view(-1, 1, 1)
     own = places.view(layers, perms, size) - offset
-    # every layer has the same lengths
-    ends = borders[: (borders.numel() - 1) // layers + 1]
+    count = (borders.numel() - 1) // layers
     return [
-        Sequences(*part, ends)
-        for part in zip(nodes.view(layers, -1).unbind(), own.unbind(), strict=True)
+        Sequences(
+            part, own[i], borders[i * count : (i + 1) * count + 1] - (i * perms * size if i else 0)
+        )
+        for i, part in enumerate(nodes.view(layers, -1).unbind())
     ]
 
 
@@ -153,6 +169,8 @@ def count_nodes(batch: Tensor, num_graphs: int) -> Tensor:
 
 def positions_in_graph(batch: Tensor, counts: Tensor) -> Tensor:
     """Place of each node among the stored nodes of its graph, (n,) int64, for any `batch` order."""
+    if counts.numel() == 1:
+        return torch.arange(batch.numel(), device=batch.device)
     rank = rank_of(torch.argsort(batch, stable=True))
     return rank - (counts.cumsum(0) - counts)[batch]
 
