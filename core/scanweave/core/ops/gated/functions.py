@@ -112,7 +112,7 @@ def _apply(
     q, k, g, write, state = zip(*directions, strict=True)
     columns = [c if c[0] is not None else () for c in (g, write, state)]
     given = [[] if u is None else [u] for u in (skip, bonus)]
-    has = tuple(bool(u) for u in (*columns[:2], given[0], columns[2], given[1]))
+    has = tuple(len(u) > 0 for u in (*columns[:2], given[0], columns[2], given[1]))
     tensors = [*q, *k, v, *columns[0], *columns[1], *given[0], *columns[2], *given[1]]
     config = (has, reverse, exclusive, shift, final)
     return GatedLinearScan.apply(config, cu_seqlens, *tensors)

@@ -301,7 +301,7 @@ def mamba_block(
     """
     lists = (conv_weight, conv_bias, x_weight, dt_weight, A, D, dt_bias)
     flat = [x, in_weight, in_bias, *(v for one in lists for v in one), out_weight, out_bias]
-    return MambaBlock.apply(tuple(reverse), tuple(bool(v) for v in lists), cu_seqlens, *flat)
+    return MambaBlock.apply(tuple(reverse), tuple(len(v) > 0 for v in lists), cu_seqlens, *flat)
 
 
 def _differentiable(
@@ -325,7 +325,7 @@ def _differentiable(
     if not (torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in flat)):
         with torch._C._AutoDispatchBelowAutograd():
             return _forward_op(x, in_weight, in_bias, *lists, *flat[-2:], cu_seqlens, reverse)
-    has = tuple(bool(v) for v in lists)
+    has = tuple(len(v) > 0 for v in lists)
     out = MambaBlock.apply(tuple(reverse), has, cu_seqlens, *flat)
     # what only the backward reads stays inside the Function
     return out, *(out.new_empty(0) for _ in range(4))
