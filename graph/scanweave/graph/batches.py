@@ -41,27 +41,18 @@ class PackedGraphs(Dataset[Batch]):
         if not graphs:
             raise ValueError("graphs must hold at least one graph, got none")
         self.device = torch.device(device)
-        first = graphs[0]
-        self._rows: dict[str, str] = {}
-        for key in first.keys():  # noqa: SIM118 (a Data is no mapping)
-            value = first[key]
-            if not isinstance(value, Tensor) or (key != "edge_index" and "index" in key):
-                raise ValueError(
-                    "graphs must hold edge_index and tensors without node numbers, "
-                    f"got {key!r} of type {type(value).__name__}"
-                )
-            per_node, per_edge = first.is_node_attr(key), first.is_edge_attr(key)
-            self._rows[key] = "node" if per_node else "edge" if per_edge else "graph"
-        self._rows["edge_index"] = "edge"
-        keys = set(self._rows)
-        for graph in graphs:
-            if set(graph.keys()) != keys:
-                raise ValueError(f"graphs must all hold {sorted(keys)}, got {sorted(graph.keys())}")
         self._counts = {
             "node": torch.tensor([int(graph.num_nodes or 0) for graph in graphs]),
             "edge": torch.tensor([graph.num_edges for graph in graphs]),
             "graph": torch.ones(len(graphs), dtype=torch.int64),
         }
+        keys = set(graphs[0].keys())
+        for graph in graphs:
+            if set(graph.keys()) != keys:
+                raise ValueError(f"graphs must all hold {sorted(keys)}, got {sorted(graph.keys())}")
+        self._rows = {}
+        for key in graphs[0].keys():  # noqa: SIM118 (a Data is no mapping)
+            self._rows[key] = self._level(key, [graph[key] for graph in graphs])
         self._starts = {}
         for level, counts in self._counts.items():
             self._starts[level] = (counts.cumsum(0) - counts).to(self.device)
@@ -72,6 +63,23 @@ class PackedGraphs(Dataset[Batch]):
             )
             for key in self._rows
         }
+
+    def _level(self, key: str, values: list[Any]) -> str:
+        """What an attribute has a row for, by the numbers of rows in all graphs."""
+        tensors = all(isinstance(value, Tensor) and value.dim() for value in values)
+        if key == "edge_index":
+            return "edge"
+        if tensors and "index" not in key:
+            rows = torch.tensor([value.size(0) for value in values])
+            # numbers may agree by chance: then the name decides, as PyG has it
+            first = {"edge": "edge", "y": "graph"}.get(key.partition("_")[0], "node")
+            for level in (first, "node", "edge", "graph"):
+                if rows.equal(self._counts[level]):
+                    return level
+        raise ValueError(
+            "graphs must hold edge_index and tensors with a row per node, edge or graph, without "
+            f"node numbers: got {key!r}, {type(values[0]).__name__}"
+        )
 
     def __len__(self) -> int:
         return self._counts["graph"].numel()
