@@ -16,6 +16,7 @@ def test_blocks_run():
         exec(compile(block, f"README block {number}", "exec"), names)
     assert names["out"].shape == (5, 64)  # type: ignore[attr-defined]
     assert names["model"].num_layers == 4  # type: ignore[attr-defined]
+    assert names["links"].shape == (2,)  # type: ignore[attr-defined]
 
 
 def test_every_order_has_a_row():
