@@ -5,7 +5,7 @@
     plot      time and memory of `growth` over the number of nodes
 
 Every implementation is compared with a float64 copy of itself first, output and gradients, and the
-padded layer with the packed one; one that is off is not timed.
+padded layer with the packed one in float64; one that is off is not timed.
 """
 
 import argparse
@@ -65,17 +65,20 @@ def _relative(found: Tensor, wanted: Tensor) -> float:
 
 
 def _results(model: nn.Module, x: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    """Output and the gradient of x, in training mode."""
+    """Output, gradient of x and those of all parameters in one row, in training mode.
+
+    In one row, because some are zero but for rounding, such as that of a bias before a norm.
+    """
     model.train()
     grads = _call(model, x, PASSES["training"], dtype)()
     out = _call(model, x, PASSES["inference"], dtype)()
     assert isinstance(out, Tensor)
     assert isinstance(grads, tuple)
-    return [out, grads[0]]
+    return [out, grads[0], torch.cat([g.flatten() for g in grads[1:] if g is not None])]
 
 
 def check(model: nn.Module, exact: nn.Module, x: Tensor, dtype: torch.dtype) -> float:
-    """Largest relative error of output and gradient against a float64 module."""
+    """Largest relative error of output and gradients against a float64 module."""
     wide = x.detach().double().requires_grad_()
     wanted = _results(exact, wide, torch.float32)
     found = _results(model, x, dtype)
