@@ -4,7 +4,7 @@ With W[i, j] = dout[i] . v[j] on pairs that a decay scales, and what `vector_sca
 
     dq'[i] = sum_j W[i, j] k'[j] + dout[i] h'^T         dk'[j] = sum_i W[i, j] q'[i] + v[j] dh'^T
 
-which their factors turn into those of q and k; to them is added what pairs without a decay have
+which their factors turn into those of q and k, once what pairs without a decay have is added
 (i = j, or neighbours when exclusive). The gradient of the log decay of step t is, a channel,
 
     sum_{i >= t} q'[i] dq'[i] - sum_{j >= t} k'[j] sum_i W[i, j] q'[i]
@@ -24,9 +24,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import on_device
+from ..launch import LOG2_E, on_device
 from .kernels import Frame, Precision, chunk_of, dot, plan_of, strides, token_rows
-from .vector_scale import Vector, exponents, sums_of_decays
+from .vector_scale import STRONGEST, Vector
 from .vector_steep import add_rows
 
 
@@ -148,13 +148,27 @@ def _vector_pair_kernel(
     if HAS_SKIP:
         # every block of keys finds the same
         tl.store(dskip_ptr + target, own, mask=tl.where(valid, block == 0, False))
-    undecayed = tl.where(steps == 0, weights, 0.0)
-    of_reader, of_read = tl.sum(undecayed, 1), tl.sum(undecayed, 0)
     steep = tl.load(steep_ptr + at) != 0
-    weights = tl.where(steps > 0, weights, 0.0)
+    # pairs of steep chunks are in `dq_ptr` and its like already
     weights = tl.where(steep, 0.0, weights)
+    undecayed = tl.where(steps == 0, weights, 0.0)
+    of_reader, of_read = tl.sum(undecayed, 1)[:, None], tl.sum(undecayed, 0)[:, None]
+    weights = tl.where(steps > 0, weights, 0.0)
     dqueries += dot(weights, keys, DOT, PRECISION)
     dkeys = dot(tl.trans(weights), queries, DOT, PRECISION)
+    if EXCLUSIVE:
+        back = KEYS if REVERSE else -KEYS
+        inside = valid & (step > 0)
+        near_keys = tl.load(
+            keys_ptr + rows_at + back, mask=inside[:, None] & mask_k[None, :], other=0.0
+        )
+        after = place - 1 if REVERSE else place + 1
+        inside = (after < size) & (step < CHUNK - 1)
+        near_queries = tl.load(
+            queries_ptr + rows_at - back, mask=inside[:, None] & mask_k[None, :], other=0.0
+        )
+    else:
+        near_keys, near_queries = keys, queries
     queries, keys = queries.to(tl.float32), keys.to(tl.float32)
     later, sooner = dqueries * queries, dkeys * keys
     # row t gathers: its decay scales what is read from t on of what is before t
@@ -173,60 +187,27 @@ def _vector_pair_kernel(
     if steep:
         dg += tl.load(dg_ptr + wide, mask=mask, other=0.0).to(tl.float32)
     tl.store(dg_ptr + wide, dg.to(dg_ptr.dtype.element_ty), mask=mask)
+    dqueries += of_reader * near_keys.to(tl.float32)
+    dkeys += of_read * near_queries.to(tl.float32)
 
     g_ptr += batch * stride_gb + head * stride_gh
-    reading, sums = sums_of_decays(
-        g_ptr,
-        first,
-        place,
-        size,
-        step,
-        offs_k,
-        stride_gl,
-        stride_gk,
-        REVERSE,
-        EXCLUSIVE,
-        KEYS,
-    )
-    of_q, of_k = exponents(
-        reading,
-        sums,
-        total,
-        steep,
-        g_ptr,
-        first,
-        place,
-        size,
-        step,
-        offs_k,
-        stride_gl,
-        stride_gk,
-        REVERSE,
-        KEYS,
-        CHUNK,
-    )
+    g_at = g_ptr + (first + place)[:, None] * stride_gl + offs_k[None, :] * stride_gk
+    g = tl.load(g_at, mask=mask, other=0.0)
+    g = tl.where(g.to(tl.float32) * LOG2_E < STRONGEST, STRONGEST / LOG2_E, g)
+    middle = 0.5 * total[None, :]
+    sums = LOG2_E * add_rows(other <= t, g, DOT, PRECISION)
+    of_k = middle - sums
+    if EXCLUSIVE:
+        sums = LOG2_E * add_rows(other < t, g, DOT, PRECISION)
+    of_q = sums - middle
+    if steep:
+        of_q = sums
+        of_k = LOG2_E * add_rows(other > t, g, DOT, PRECISION)
     dq, dk = dqueries * tl.exp2(of_q), dkeys * tl.exp2(of_k)
-    # of a pair without a decay: the token that is read, or that reads
     group = head // per_group
     q_at = q_ptr + batch * stride_qb + group * stride_qg
     k_at = k_ptr + batch * stride_kb + group * stride_kg
-    w_at = write_ptr + batch * stride_wb + head * stride_wh
     read, valid_q = token_rows(place, size, SHIFT, REVERSE)
-    if EXCLUSIVE:
-        near, valid_k = token_rows(place, size, True, REVERSE)
-        valid_k = valid_k & (step > 0)
-        next_place = place - 1 if REVERSE else place + 1
-        reader, valid_r = token_rows(next_place, size, SHIFT, REVERSE)
-        valid_r = valid_r & (next_place >= 0) & (step < CHUNK - 1)
-    else:
-        near, valid_k, reader, valid_r = place, valid, read, valid_q
-    near_k = _load_rows(k_at, first + near, valid_k, offs_k, stride_kl, KEYS)
-    if HAS_W:
-        near_w = tl.load(w_at + (first + near) * stride_wl, mask=valid_k, other=0.0)
-        near_k *= near_w.to(tl.float32)[:, None]
-    dq += of_reader[:, None] * near_k
-    near_q = _load_rows(q_at, first + reader, valid_r, offs_k, stride_ql, KEYS)
-    dk += of_read[:, None] * near_q
     dq_at = ((batch * length + first + read) * heads + head)[:, None] * KEYS + offs_k[None, :]
     mask_q = valid_q[:, None] & mask_k[None, :]
     if steep:
@@ -235,6 +216,7 @@ def _vector_pair_kernel(
     if HAS_W or HAS_BONUS:
         k = _load_rows(k_at, first + place, valid, offs_k, stride_kl, KEYS)
     if HAS_W:
+        w_at = write_ptr + batch * stride_wb + head * stride_wh
         dw_at = dw_ptr + block.to(tl.int64) * rows * heads + target
         tl.store(dw_at, tl.sum(dk * k, 1), mask=valid)
         write = tl.load(w_at + (first + place) * stride_wl, mask=valid, other=0.0)

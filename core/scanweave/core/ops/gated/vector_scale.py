@@ -90,6 +90,16 @@ def sums_of_decays(
 
 
 @triton.jit
+def rounded(x, TF32: tl.constexpr):
+    """`x` with as many digits as TF32 has: tensor cores cut off the others."""
+    if TF32:
+        bits = x.to(tl.int32, bitcast=True) + 0x1000
+        return (bits & -0x2000).to(tl.float32, bitcast=True)
+    else:
+        return x
+
+
+@triton.jit
 def exponents(
     reading,
     sums,
@@ -161,6 +171,7 @@ def _vector_scale_kernel(
     KEYS: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    TF32: tl.constexpr,
 ):
     slot = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1).to(tl.int64)
@@ -220,7 +231,7 @@ def _vector_scale_kernel(
         mask=valid_q[:, None] & mask_k[None, :],
         other=0.0,
     )
-    scaled_q = q.to(tl.float32) * tl.exp2(of_q)
+    scaled_q = rounded(q.to(tl.float32) * tl.exp2(of_q), TF32)
     tl.store(queries_ptr + target, scaled_q.to(queries_ptr.dtype.element_ty), mask=mask)
 
     k_at = k_ptr + batch * stride_kb + group * stride_kg
@@ -234,6 +245,7 @@ def _vector_scale_kernel(
         w_at = write_ptr + batch * stride_wb + head * stride_wh
         write = tl.load(w_at + (first + place) * stride_wl, mask=valid, other=0.0)
         k *= write.to(tl.float32)[:, None]
+    k = rounded(k, TF32)
     tl.store(keys_ptr + target, k.to(keys_ptr.dtype.element_ty), mask=mask)
 
 
@@ -301,6 +313,7 @@ def scaled(
                 KEYS=keys,
                 CHUNK=frame.chunk,
                 BLOCK_K=block_k,
+                TF32=precision.name == "tf32" and operand == torch.float32,
                 num_warps=warps,
                 enable_fp_fusion=True,
                 # so that a processor holds two programs; nothing spills
