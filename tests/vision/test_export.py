@@ -1,15 +1,18 @@
 """Every `test_*` model compiled, exported, in ONNX, in 16 bits at depth 24, at any image size."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from tests.vision.registered import FAMILIES, TEST_MODELS, layers, small, takes
 from torch import Tensor, nn
 from torch._dynamo.backends.debugging import aot_eager
 
-from scanweave.core import decompositions
+from scanweave.vision import export
+from scanweave.vision.export import image_size, to_onnx
 
 each = pytest.mark.parametrize("name", TEST_MODELS)
 
@@ -75,22 +78,80 @@ def test_exports_with_any_batch(name: str) -> None:
 # the exporter's own, and of libraries that it calls
 @pytest.mark.filterwarnings("default")
 @each
-def test_onnx(name: str, tmp_path: Path) -> None:
-    """By the way that the README shows; the runtime knows no operators of ours."""
+def test_onnx_with_any_batch(name: str, tmp_path: Path) -> None:
+    """The runtime knows no operators of ours, and is given one image, and three."""
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
-    model = shallow(name)
-    x = images()
-    with torch.no_grad():
-        program = torch.export.export(model, (x,)).run_decompositions(decompositions())
-        # unoptimised: halves the time, and the runtime optimises what it loads
-        exported = torch.onnx.export(program, dynamo=True, verbose=False, optimize=False)
-        expected = model(x)
-    assert exported is not None
-    exported.save(tmp_path / "model.onnx")
+    # half the layers of the other tests: this one takes the longest
+    model = small(name, **layers(name, 1, (1, 1, 1, 1)), **dict(_sizes(name)))
+    assert to_onnx(model, tmp_path / "model.onnx", 32) == (3, 32, 32)
     session = runtime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
-    (actual,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-    torch.testing.assert_close(torch.from_numpy(actual), expected, rtol=1e-4, atol=1e-5)
+    (given,), (answer,) = session.get_inputs(), session.get_outputs()
+    assert (given.name, given.shape) == ("image", ["batch", 3, 32, 32])
+    assert (answer.name, answer.shape) == ("logits", ["batch", 5])
+    for count in (1, 3):
+        x = images(count, 32, 32)
+        (actual,) = session.run(None, {"image": x.numpy()})
+        with torch.no_grad():
+            expected = model(x)
+        torch.testing.assert_close(torch.from_numpy(actual), expected, rtol=1e-4, atol=1e-5)
+
+
+def _sizes(name: str) -> dict[str, Any]:
+    return {"img_size": 32} if takes(name, "img_size") else {}
+
+
+class _Spectrum(nn.Module):
+    """An operator that the standard lacks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.linalg.eigvalsh(self.weight * x)
+
+
+@pytest.mark.filterwarnings("default")
+def test_what_onnx_cannot_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each with what to do about it."""
+    pytest.importorskip("onnxscript")
+    model, path = shallow("test_vim"), tmp_path / "model.onnx"
+    assert image_size(model) == (64, 64)
+    assert image_size(timm.create_model("test_resnet")) == (160, 160)
+    with pytest.raises(ValueError, match=r"evaluation mode, got training mode; call model.eval"):
+        to_onnx(model.train(), path)
+    with pytest.raises(ValueError, match=r"must be float32, got torch.float16; call model.float"):
+        to_onnx(model.eval().half(), path)
+    with pytest.raises(AssertionError, match="image height must be 64, got 48; see img_size"):
+        to_onnx(model.float(), path, (48, 64))
+    with pytest.raises(RuntimeError, match="_Spectrum cannot be written as ONNX at 8 x 8: "):
+        to_onnx(_Spectrum().eval(), path, 8)
+    assert not path.exists()
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(ImportError, match="to_onnx needs onnxscript: pip install onnx onnxscript"):
+        to_onnx(model, path)
+
+
+def test_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("tyro")
+    written = []
+
+    def write(model: nn.Module, path: Path) -> tuple[int, int, int]:
+        written.append((model, path))
+        return (3, *image_size(model))
+
+    monkeypatch.setattr(export, "to_onnx", write)
+    options = f"--model test_vim --no-pretrained --img-size 32 --output {tmp_path / 'a.onnx'}"
+    monkeypatch.setattr(sys, "argv", ["export", *options.split()])
+    export.main()
+    ((model, path),) = written
+    assert not model.training
+    assert path == tmp_path / "a.onnx"
+    said = " ".join(capsys.readouterr().out.split())
+    assert "image (batch, 3, 32, 32) float32 -> logits (batch, classes)" in said
 
 
 def deep(name: str) -> nn.Module:
