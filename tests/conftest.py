@@ -2,6 +2,7 @@
 
 goldens, data_dir   folders outside the repository; a test that asks for one skips without it
 assert_near         compare with a float64 reference by the table TOLERANCES
+never_waiting       context in which the host must not wait for the GPU
 poison              marker and option: uninitialised memory that scanweave asks for holds NaN
 interpret, gpu      markers: need Triton's interpreter or a GPU, and skip without
 """
@@ -9,7 +10,9 @@ interpret, gpu      markers: need Triton's interpreter or a GPU, and skip withou
 import os
 import random
 import sys
+import warnings
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -149,6 +152,24 @@ def _seeds() -> None:
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002  (libraries under test read the global state)
     torch.manual_seed(0)
+
+
+@contextmanager
+def _never_waiting() -> Iterator[None]:
+    torch.cuda.synchronize()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns that the mode is a prototype
+            torch.cuda.set_sync_debug_mode("error")
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.fixture
+def never_waiting() -> Callable[[], AbstractContextManager[None]]:
+    """A context in which whatever makes the host wait for the GPU raises."""
+    return _never_waiting
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,5 @@
 """The scan along paths on a GPU at sizes of real models, against float64 there."""
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -119,17 +118,12 @@ def test_bad_paths_are_refused_on_the_gpu():
     torch.cuda.synchronize()
 
 
-def test_values_are_read_once():
+def test_values_are_read_once(never_waiting: Callable[..., Any]):
     inputs = path_inputs(2, 9, 4, 3, 2, dtype=torch.float32, device="cuda")
     paths = random_paths(2, 9, device="cuda")
     path_selective_scan(**inputs, paths=paths).sum().backward()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that the mode is a prototype
-            torch.cuda.set_sync_debug_mode("error")
+    with never_waiting():
         path_selective_scan(**inputs, paths=paths).sum().backward()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_cuda_graph_follows_its_paths():

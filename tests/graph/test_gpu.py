@@ -1,8 +1,6 @@
 """Orders, packing and the layer on a GPU against the CPU in float64."""
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -99,20 +97,9 @@ def test_token_layer_and_gradients(encoder, random_graphs, assert_near):
     assert_near(twin.grad, leaf.grad, dtype=torch.float32, gradient=True, name="x")
 
 
-@contextmanager
-def nothing_waits() -> Iterator[None]:
-    """Raise where the host waits for the GPU."""
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
 @pytest.mark.parametrize("order", ["degree", "index", "pagerank", "random", "stored"])
 @pytest.mark.parametrize(("mixer", "ties"), [("bimamba", "noise"), ("mamba", "fresh")])
-def test_host_never_waits_when_sizes_are_given(mixer, ties, order, random_graphs):
+def test_host_never_waits_when_sizes_are_given(mixer, ties, order, random_graphs, never_waiting):
     x, edges, batch = random_graphs([40, 0, 1, 17])
     x, edges, batch = x.float().cuda().requires_grad_(), edges.cuda(), batch.cuda()
     score = torch.rand(58, device="cuda") if order == "stored" else None
@@ -124,7 +111,7 @@ def test_host_never_waits_when_sizes_are_given(mixer, ties, order, random_graphs
         return torch.autograd.grad((out * out).sum(), [x, *model.parameters()])[0]
 
     step()  # compiles kernels, which may wait
-    with nothing_waits():
+    with never_waiting():
         found = step()
     assert found.isfinite().all()
 
