@@ -1,6 +1,6 @@
 """Test accuracy of the vision models on real images, at equal numbers of parameters.
 
-    python -m benchmarks.vision_table --data-dir DATA --devices cuda:0,cuda:1 --slots 6
+    python -m benchmarks.vision_table --data-dir DATA --devices cuda:0,cuda:1,cuda:2 --slots 12
 
 DATA holds Fashion-MNIST as its four IDX files (`train-images-idx3-ubyte.gz`, ...) and CIFAR-10 as
 `cifar10_jpeg.npz`, directly or in folders. That CIFAR-10 is a JPEG-compressed copy, so accuracies
@@ -134,7 +134,7 @@ def main(given: Sequence[str] | None = None) -> list[Result]:
     add("--models", nargs="+", choices=MODELS, default=list(MODELS))
     add("--datasets", nargs="+", choices=DATASETS, default=list(DATASETS))
     add("--seeds", type=int, default=3, help="runs of each, with seeds 0, 1, ...")
-    add("--epochs", type=int, default=40)
+    add("--epochs", type=int, default=10)
     add("--batch-size", type=int, default=256)
     options = add_options(parser, "runs/vision_table").parse_args(given)
     return run_table(
