@@ -191,3 +191,15 @@ def test_nodes_that_a_symmetry_swaps_stay_tied(order):
     ring = torch.arange(7)
     edges = to_undirected(torch.stack([ring, (ring + 1) % 7]))
     assert order(edges[:, torch.randperm(14)], one_graph(7)).unique().numel() == 1
+
+
+def test_rounding_keeps_nine_digits():
+    exact = torch.rand(1000, dtype=torch.float64) * 10.0 ** torch.randint(-9, 9, (1000,))
+    rounded = round_digits(exact)
+    assert ((rounded - exact).abs() <= exact.abs() * 2**-30).all()
+    assert not rounded.equal(exact)
+    # on a grid of 30 bits, where the last digits of a sum are gone
+    mantissa, _ = torch.frexp(rounded)
+    assert (mantissa * 2**30).equal((mantissa * 2**30).round())
+    assert round_digits(exact * (1 + 2**-50)).eq(rounded).double().mean() > 0.99
+    assert round_digits(torch.zeros(2, dtype=torch.float64)).equal(torch.zeros(2).double())

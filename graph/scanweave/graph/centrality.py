@@ -129,6 +129,10 @@ def kcore_order(edge_index: Tensor, batch: Tensor, ties: Tensor | None = None) -
 
 
 def round_digits(score: Tensor) -> Tensor:
-    """Keep 30 bits, nine digits, of each number: sums in another order then give the same."""
-    mantissa, exponent = torch.frexp(score)
-    return torch.ldexp((mantissa * 2**30).round(), (exponent - 30).to(score.dtype))
+    """Keep 30 bits, nine digits, of each float64: sums in another order then give the same.
+
+    By Veltkamp's splitting, whose three operations are exact or rounded alike on every device;
+    powers of two are not (`torch.ldexp` on a GPU is off in the last digit).
+    """
+    scaled = score * (2**23 + 1)
+    return scaled - (scaled - score)
