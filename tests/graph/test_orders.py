@@ -193,7 +193,7 @@ def test_nodes_that_a_symmetry_swaps_stay_tied(order):
     assert order(edges[:, torch.randperm(14)], one_graph(7)).unique().numel() == 1
 
 
-def test_rounding_keeps_nine_digits():
+def test_rounding_is_to_thirty_bits():
     exact = torch.rand(1000, dtype=torch.float64) * 10.0 ** torch.randint(-9, 9, (1000,))
     rounded = round_digits(exact)
     assert ((rounded - exact).abs() <= exact.abs() * 2**-30).all()
