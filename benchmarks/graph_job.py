@@ -31,14 +31,13 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--data-dir", type=Path, required=True)
     made.add_argument("--cache-dir", type=Path, default=Path("runs/data"))
     made.add_argument("--epochs", type=int, default=0, help="0 for those of the set")
-    made.add_argument("--probe", type=int, default=0, help="time so many steps, train nothing")
     return made
 
 
 def main() -> None:
     """Run the seeds that are not done, write all results."""
     options = parser().parse_args()
-    # matrix products in TF32, as the published runs on such GPUs had them
+    # TF32 on GPUs; CPUs multiply as always
     torch.set_float32_matmul_precision("high")
     found: dict[str, Any] = {}
     kept: tuple[Any, Any] = (None, None)
@@ -59,17 +58,8 @@ def main() -> None:
                 kept = config.split_seed, script.load(config)
             splits = kept[1]
             config = match_width(config, splits, SETS[options.set].parameters)
-            steps = _steps(config, splits)
-            loop = dataclasses.replace(config.train, warmup_steps=steps // 20)
-            if options.probe:
-                loop = dataclasses.replace(
-                    loop, max_steps=options.probe, warmup_steps=0, log_every=options.probe // 3
-                )
-            config = dataclasses.replace(config, train=loop)
-            summary = script.train(config, splits)
-            if options.probe:
-                _write(options.folder / "results.json", _speed(summary["history"], steps, config))
-                return
+            loop = dataclasses.replace(config.train, warmup_steps=_steps(config, splits) // 20)
+            script.train(dataclasses.replace(config, train=loop), splits)
         found[str(seed)] = json.loads(results.read_text(encoding="utf-8"))
     total = {
         "seeds": found,
@@ -84,19 +74,6 @@ def _steps(config: script.Config, splits: GraphSplits) -> int:
     single = splits.target.level != "graph" and len(splits.train) == 1
     per_epoch = 1 if single else -(-len(splits.train) // config.train.batch_size)
     return per_epoch * config.train.epochs
-
-
-def _speed(history: list[dict[str, Any]], steps: int, config: script.Config) -> dict[str, float]:
-    """Seconds of a step and of an epoch, validation included, from the rows of a short run.
-
-    The first row's time holds compiling, the last one's also validation.
-    """
-    (one, begin), (two, middle), (three, end) = [
-        (row["step"], row["seconds"]) for row in history if "loss" in row
-    ]
-    step = (middle - begin) / (two - one)
-    validation = max(end - middle - step * (three - two), 0.0)
-    return {"step": step, "epoch": step * steps / config.train.epochs + validation}
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
