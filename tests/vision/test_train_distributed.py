@@ -27,6 +27,7 @@ from scanweave.vision.stored import StoredImages
 from scanweave.vision.train import build_model, fit
 
 VMAMBA = ("dims=8", "depths=(1,1)", "img_size=16")
+FSDP = ["--use_fsdp", "--fsdp_version", "2", "--fsdp_cpu_ram_efficient_loading", "false"]
 VIM = ("patch_size=4", "embed_dim=16", "depth=1", "d_state=2", "path=cross")
 
 
@@ -75,15 +76,35 @@ class Counted(type(path_values._READ_PATHS)):  # type: ignore[misc]
         super().__setitem__(key, value)
 
 
+def call_processors_gpus() -> None:
+    """Make accelerate split models among CPU processes, which it does among GPUs only."""
+    from accelerate import PartialState
+    from accelerate.utils import DistributedType
+
+    start = PartialState.__init__
+    started: list[PartialState] = []
+
+    def patched(self: PartialState, cpu: bool = False, **kwargs: Any) -> None:
+        start(self, True, **kwargs)
+        if not started:
+            started.append(self)
+            self.distributed_type = DistributedType.MULTI_GPU
+
+    PartialState.__init__ = patched  # type: ignore[method-assign]
+
+
 def run_script(folder: Path) -> None:
     """What the launcher starts, once per process."""
     rank = int(os.environ["RANK"])
+    fsdp = os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    if fsdp and not torch.cuda.is_available():
+        call_processors_gpus()
     path_values._READ_PATHS = Counted()
     # as in versions of torch before DDP hid that it writes to buffers
     torch.autograd._unsafe_preserve_version_counter = lambda _: nullcontext()  # type: ignore
     seen, model = run(folder / "vmamba", 4, True)
     seen["reads"] = Counted.reads
-    if not torch.cuda.is_available():
+    if not (fsdp or torch.cuda.is_available()):
         seen["sharded"] = sharded_average_is_the_same()
     run(folder / "vim", 4, False, max_steps=5)
     run(folder / "vim", 4, False, resume=True)
@@ -170,15 +191,16 @@ def test_an_average_is_refused_where_fsdp_cannot_have_one(
         run(tmp_path, 4, False)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_split_models_equal_whole_ones(tmp_path: Path):
+    if torch.cuda.is_available():
+        pytest.skip("the launcher would take the GPUs")
+    check(tmp_path, launch(tmp_path, *FSDP), 1e-4)
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize(
-    "options",
-    [
-        ["--multi_gpu"],
-        ["--use_fsdp", "--fsdp_version", "2", "--fsdp_cpu_ram_efficient_loading", "false"],
-    ],
-    ids=["ddp", "fsdp2"],
-)
+@pytest.mark.parametrize("options", [["--multi_gpu"], FSDP], ids=["ddp", "fsdp2"])
 def test_two_gpus(options: list[str], tmp_path: Path):
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
