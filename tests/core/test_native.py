@@ -7,12 +7,20 @@ from typing import Any
 
 import pytest
 import torch
+from tests.core.gated_cases import gated_inputs
 from tests.core.linear_cases import linear_inputs, wkv_inputs
 from tests.core.op_cases import Inputs, conv_inputs, evaluate, scan_inputs
 
-from scanweave.core import causal_conv1d, linear_scan, selective_scan, selective_scan_step
+from scanweave.core import (
+    causal_conv1d,
+    gated_linear_scan,
+    linear_scan,
+    selective_scan,
+    selective_scan_step,
+)
 from scanweave.core.ops import native
 from scanweave.core.ops.conv import compiled as conv
+from scanweave.core.ops.gated import compiled as gated
 from scanweave.core.ops.linear import compiled as linear
 from scanweave.core.ops.native import Native
 from scanweave.core.ops.selective import compiled as scan
@@ -27,6 +35,7 @@ MODULES = {
     "the convolution": conv,
     "linear_scan": linear,
     "wkv": average,
+    "gated_linear_scan": gated,
 }
 FILES = {name: module.native for name, module in MODULES.items()}
 
@@ -44,6 +53,7 @@ OPS: dict[str, tuple[Callable[..., Any], Inputs]] = {
     "the convolution": (causal_conv1d, conv_inputs(2, 33, 5, 4, dtype=torch.float32)),
     "linear_scan": (linear_scan, linear_inputs(2, 33, 5, dtype=torch.float32)),
     "wkv": (wkv, wkv_inputs(2, 33, 5, dtype=torch.float32)),
+    "gated_linear_scan": (gated_linear_scan, gated_inputs(2, 33, 2, 3, 5, dtype=torch.float32)),
 }
 
 

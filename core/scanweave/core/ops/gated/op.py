@@ -2,9 +2,9 @@
 
 One registered op runs one or two directions over the same values and adds them. The device of the
 tensors decides how, as for the selective scan: Triton kernels on a GPU (`fused.py`, and with a
-decay of every key channel `vector.py`), `portable.py` elsewhere and in float64. Only `vector.py`
-knows the bonus of a single direction, the others get it as a skip. Equations and letters:
-`reference.py`. Why registered this way: `selective/op.py`.
+decay of every key channel `vector.py`), `compiled.py` on a CPU with a C compiler, `portable.py`
+elsewhere and in float64. Only `vector.py` knows the bonus of a single direction, the others get it
+as a skip. Equations and letters: `reference.py`. Why registered this way: `selective/op.py`.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..checks import check_cu_seqlens_values, computing_dtype
-from . import fused, portable, vector
+from . import compiled, fused, portable, vector
 from .bonus import bonus_gradients, with_bonus
 
 _lib = torch.library.Library("scanweave", "FRAGMENT")
@@ -49,6 +49,10 @@ def _flat(
     return [*q, *k, v, *g, *write, *given[0], *initial_state, *given[1]]
 
 
+def _native(dtype: torch.dtype, *tensors: Tensor) -> bool:
+    return dtype == torch.float32 and compiled.takes(tensors)
+
+
 def _forward(
     q: list[Tensor],
     k: list[Tensor],
@@ -75,12 +79,13 @@ def _forward(
     if dtype == torch.float32 and fused.takes(v, g):
         lists = (q, k, v, g, write, skip, initial_state)
         return fused.forward(*lists, cu_seqlens, reverse, exclusive, shift, final)
+    code = compiled if _native(dtype, *q, *k, v, *g, *write) else portable
     none = [None] * len(q)
     directions = zip(q, k, g or none, write or none, initial_state or none, reverse, strict=True)
     with torch.autocast(v.device.type, enabled=False):
         total, finals = None, []
         for q_d, k_d, g_d, write_d, state, back in directions:
-            y, last = portable.forward(
+            y, last = code.forward(
                 q_d, k_d, v, g_d, write_d, state, cu_seqlens, back, exclusive, shift, dtype
             )
             total = y if total is None else total.add_(y)
@@ -118,7 +123,7 @@ def _backward(
     if dtype == torch.float32 and fused.takes(v, g):
         flat = fused.backward(dout, dfinal, *lists, cu_seqlens, reverse, exclusive, shift)
     else:
-        flat = _portable_backward(
+        flat = _one_by_one_backward(
             dout, dfinal, *lists, cu_seqlens, reverse, exclusive, shift, dtype
         )
     if bonus is not None:
@@ -132,7 +137,7 @@ def _backward(
     return [grad.to(x.dtype) for grad, x in zip(flat, inputs, strict=True)]
 
 
-def _portable_backward(
+def _one_by_one_backward(
     dout: Tensor,
     dfinal: Tensor | None,
     q: list[Tensor],
@@ -148,6 +153,7 @@ def _portable_backward(
     shift: bool,
     dtype: torch.dtype,
 ) -> list[Tensor]:
+    code = compiled if _native(dtype, dout, *q, *k, v, *g, *write) else portable
     none = [None] * len(q)
     directions = zip(q, k, g or none, write or none, initial_state or none, reverse, strict=True)
     with torch.autocast(v.device.type, enabled=False):
@@ -156,7 +162,7 @@ def _portable_backward(
             dv = dout.to(dtype) * skip.to(dtype).unsqueeze(-1)
             dskip = (dout.to(dtype) * v.to(dtype)).sum(-1)
         for d, (q_d, k_d, g_d, write_d, state, back) in enumerate(directions):
-            part = portable.backward(
+            part = code.backward(
                 dout,
                 None if dfinal is None else dfinal[d],
                 *(q_d, k_d, v, g_d, write_d, state, cu_seqlens, back, exclusive, shift, dtype),

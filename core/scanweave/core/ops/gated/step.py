@@ -1,9 +1,85 @@
-"""One token of the matrix-state scan, the state moved on in place. Equations: `reference.py`."""
+"""One token of the matrix-state scan, the state moved on in place. Equations: `reference.py`.
+
+On a CPU one registered op, which is one C function: a roll-out is many small calls. Elsewhere
+PyTorch's own operators, which compilers fuse.
+"""
 
 import torch
 from torch import Tensor
 
 from ..checks import check_tensor, computing_dtype
+from . import compiled
+
+_lib = torch.library.Library("scanweave", "FRAGMENT")
+_lib.define(
+    "gated_linear_scan_step(Tensor(a!) state, Tensor q, Tensor k, Tensor v, Tensor? g, "
+    "Tensor? write, Tensor? skip, bool exclusive) -> Tensor"
+)
+_step_op = torch.ops.scanweave.gated_linear_scan_step.default
+
+
+def _composed(
+    state: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    write: Tensor | None,
+    skip: Tensor | None,
+    exclusive: bool,
+) -> Tensor:
+    (batch, heads, _), groups = v.shape, q.shape[1]
+    dtype = computing_dtype(q, k, v, g, write, skip, state)
+    values = v.to(dtype)
+    written = values if write is None else values * write.to(dtype).unsqueeze(-1)
+    h = state.to(dtype).unflatten(1, (groups, -1))  # (B, G, U, K, V)
+    read = q.to(dtype).unsqueeze(2).unsqueeze(3)  # (B, G, 1, 1, K)
+    out = (read @ h).flatten(1, 3) if exclusive else None
+    if g is not None:
+        decay = torch.exp(g.to(dtype).reshape(batch, heads, -1, 1))
+        h = h * decay.unflatten(1, (groups, -1))
+    added = k.to(dtype).unsqueeze(2).unsqueeze(-1)
+    h = h + added * written.unflatten(1, (groups, -1)).unsqueeze(-2)
+    state.copy_(h.flatten(1, 2))
+    if out is None:
+        out = (read @ h).flatten(1, 3)
+    if skip is not None:
+        out = out + skip.to(dtype).unsqueeze(-1) * values
+    return out.to(v.dtype)
+
+
+@torch.library.impl(_lib, "gated_linear_scan_step", "CPU")
+def _(
+    state: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    write: Tensor | None,
+    skip: Tensor | None,
+    exclusive: bool,
+) -> Tensor:
+    single = computing_dtype(q, k, v, g, write, skip, state) == state.dtype == torch.float32
+    if single and state.is_contiguous() and compiled.takes((q, k, v, g, write)):
+        out = compiled.step(state, q, k, v, g, write, exclusive)
+        if skip is not None:
+            out.addcmul_(skip.to(torch.float32).unsqueeze(-1), v.to(torch.float32))
+        return out.to(v.dtype)
+    return _composed(state, q, k, v, g, write, skip, exclusive)
+
+
+@torch.library.register_fake("scanweave::gated_linear_scan_step", lib=_lib)
+def _(
+    state: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    write: Tensor | None,
+    skip: Tensor | None,
+    exclusive: bool,
+) -> Tensor:
+    return v.new_empty(v.shape)
 
 
 def gated_linear_scan_step(
@@ -58,20 +134,5 @@ def gated_linear_scan_step(
         if u is not None:
             check_tensor(name, u, (batch, heads), v, "(B, H)")
     with torch.no_grad(), torch.autocast(v.device.type, enabled=False):
-        dtype = computing_dtype(q, k, v, g, write, skip, state)
-        values = v.to(dtype)
-        written = values if write is None else values * write.to(dtype).unsqueeze(-1)
-        h = state.to(dtype).unflatten(1, (groups, -1))  # (B, G, U, K, V)
-        read = q.to(dtype).unsqueeze(2).unsqueeze(3)  # (B, G, 1, 1, K)
-        out = (read @ h).flatten(1, 3) if exclusive else None
-        if g is not None:
-            decay = torch.exp(g.to(dtype).reshape(batch, heads, -1, 1))
-            h = h * decay.unflatten(1, (groups, -1))
-        added = k.to(dtype).unsqueeze(2).unsqueeze(-1)
-        h = h + added * written.unflatten(1, (groups, -1)).unsqueeze(-2)
-        state.copy_(h.flatten(1, 2))
-        if out is None:
-            out = (read @ h).flatten(1, 3)
-        if skip is not None:
-            out = out + skip.to(dtype).unsqueeze(-1) * values
-        return out.to(v.dtype)
+        code = _step_op if v.is_cpu else _composed
+        return code(state, q, k, v, g, write, skip, exclusive)
