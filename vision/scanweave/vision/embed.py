@@ -137,8 +137,8 @@ class PatchEmbed(nn.Module):
             high, wide = high + self.stride[0] - 1, wide + self.stride[1] - 1
         return high // self.stride[0] + 1, wide // self.stride[1] + 1
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Tokens (B, h * w, D), row by row, of an image (B, C, H, W)."""
+    def grid_of(self, x: Tensor) -> tuple[int, int]:
+        """The grid (h, w) of images (B, C, H, W), which are checked to be such as are taken."""
         _assert(x.ndim == 4, "image must be (B, C, H, W)")
         height, width = x.shape[2], x.shape[3]
         patch, stride = self.patch_size, self.stride
@@ -160,11 +160,7 @@ class PatchEmbed(nn.Module):
         else:
             _assert(height >= patch[0], f"image height must be >= {patch[0]}, got {height}")
             _assert(width >= patch[1], f"image width must be >= {patch[1]}, got {width}")
-        if self.dynamic_img_pad:
-            bottom = (stride[0] - (height - patch[0]) % stride[0]) % stride[0]
-            right = (stride[1] - (width - patch[1]) % stride[1]) % stride[1]
-            x = F.pad(x, (0, right, 0, bottom))
-        elif not self.strict_img_size:
+        if not self.strict_img_size and not self.dynamic_img_pad:
             _assert(
                 (height - patch[0]) % stride[0] == 0,
                 f"image height must be {patch[0]} + a multiple of {stride[0]}, got {height}; "
@@ -175,6 +171,16 @@ class PatchEmbed(nn.Module):
                 f"image width must be {patch[1]} + a multiple of {stride[1]}, got {width}; "
                 "see dynamic_img_pad",
             )
+        return self.dynamic_feat_size((height, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens (B, h * w, D), row by row, of an image (B, C, H, W)."""
+        self.grid_of(x)
+        if self.dynamic_img_pad:
+            patch, stride = self.patch_size, self.stride
+            bottom = (stride[0] - (x.shape[2] - patch[0]) % stride[0]) % stride[0]
+            right = (stride[1] - (x.shape[3] - patch[1]) % stride[1]) % stride[1]
+            x = F.pad(x, (0, right, 0, bottom))
         return self.proj(x).flatten(2).transpose(1, 2)
 
 

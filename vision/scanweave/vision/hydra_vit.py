@@ -19,10 +19,10 @@ from the numbers; `depth=12, mlp_ratio=4` makes the other one.
 
 from typing import Any
 
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor
 
+from .configs import patch_cfg
 from .isotropic import IsotropicModel
 from .loading import fit_state_dict
 
@@ -34,12 +34,11 @@ class HydraVit(IsotropicModel):
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: HydraVit) -> dict[str, Tensor]:
-    """Make a checkpoint fit `model`: unwrap it, strip prefixes, resize positions.
+    """Make a checkpoint fit `model`, see `fit_state_dict`.
 
     Args:
-        state_dict: A state dict of this family, with or without head, alone or under "model",
-            "state_dict" or "model_ema" of a training checkpoint; its mixers have the official
-            names.
+        state_dict: Of this family, with or without head, alone or in a training checkpoint; its
+            mixers have the official names.
         model: What will load it.
 
     Returns:
@@ -71,25 +70,14 @@ def _create_hydra_vit(variant: str, pretrained: bool = False, **kwargs: Any) -> 
     )
 
 
-def _cfg(url: str = "", **kwargs: Any) -> dict[str, Any]:
-    return {
-        "url": url,
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": None,
-        "crop_pct": 0.9,
-        "interpolation": "bicubic",
+def _cfg(**kwargs: Any) -> dict[str, Any]:
+    paper = {
         "fixed_input_size": False,
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "patch_embed.proj",
-        "classifier": "head",
-        "license": "apache-2.0",
         "paper_ids": "arXiv:2407.09941",
         "paper_name": "Hydra: Bidirectional State Space Models Through Generalized Matrix Mixers",
         "origin_url": "https://github.com/goombalab/hydra",
-        **kwargs,
     }
+    return patch_cfg(**{**paper, **kwargs})
 
 
 default_cfgs = generate_default_cfgs(

@@ -1,12 +1,18 @@
-"""Checkpoints of models of one width: unwrapped, checked, and made to fit.
+"""Checkpoints: unwrapped, checked, and made to fit.
 
-fit_state_dict   what every family's `checkpoint_filter_fn` does
+fit_state_dict   what `checkpoint_filter_fn` of every family of one width does
+unwrapped        the state dict in a training checkpoint
+some             a few names of many, for messages
 """
+# timm.layers exports its names without saying so to type checkers
+# pyright: reportPrivateImportUsage=false
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from timm.layers import resample_patch_embed
 from torch import Tensor
 
 from .embed import PatchEmbed, resample_pos_embed
@@ -16,11 +22,10 @@ from .isotropic import IsotropicModel
 def fit_state_dict(
     state_dict: Mapping[str, Any], model: IsotropicModel, family: str
 ) -> dict[str, Tensor]:
-    """Make a checkpoint fit `model`: unwrap it, strip prefixes, resize positions.
+    """Make a checkpoint fit `model`: unwrap it, resize positions and the patches' kernel.
 
     Args:
-        state_dict: A state dict of the family, with or without head, alone or under "model",
-            "state_dict" or "model_ema" of a training checkpoint.
+        state_dict: As `unwrapped` takes; of the family, with or without head.
         model: What will load it.
         family: What errors call the model.
 
@@ -30,12 +35,11 @@ def fit_state_dict(
     Raises:
         ValueError: the checkpoint is of another model, or its position grid is unknown.
     """
-    for key in ("model", "state_dict", "model_ema"):
-        if isinstance(state_dict.get(key), Mapping):
-            state_dict = state_dict[key]
-            break
-    out = {k.removeprefix("module."): v for k, v in state_dict.items()}
+    out = unwrapped(state_dict)
     _check_layers(out, model, family)
+    kernel, patch = out.get("patch_embed.proj.weight"), list(model.patch_embed.patch_size)
+    if kernel is not None and list(kernel.shape[2:]) != patch:
+        out["patch_embed.proj.weight"] = resample_patch_embed(kernel, patch, verbose=True)
     table = out.get("pos_embed")
     own = model.pos_embed
     if own is not None and table is not None and table.shape[1] != own.shape[1]:
@@ -50,15 +54,29 @@ def fit_state_dict(
     return out
 
 
+def unwrapped(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The state dict in a training checkpoint, without the prefixes of DDP and `torch.compile`.
+
+    Args:
+        state_dict: A state dict, or what holds one as "model", "state_dict", "model_ema" or
+            "state_dict_ema"; the first of these that is there counts.
+    """
+    for key in ("model", "state_dict", "model_ema", "state_dict_ema"):
+        if isinstance(state_dict.get(key), Mapping):
+            state_dict = state_dict[key]
+            break
+    return {re.sub(r"^(module\.|_orig_mod\.)+", "", k): v for k, v in state_dict.items()}
+
+
 def _check_layers(state_dict: Mapping[str, Tensor], model: IsotropicModel, family: str) -> None:
-    """Refuse a state dict whose first layer is not the model's first layer."""
+    """Refuse a state dict with another first layer or another number of layers."""
     expected = {k: v for k, v in model.state_dict().items() if k.startswith("layers.0.")}
     found = {k: v for k, v in state_dict.items() if k.startswith("layers.0.")}
     odd = sorted(expected.keys() ^ found.keys())
     if odd:
         raise ValueError(
-            f"state_dict must be of a {family} with this mixer, got {_some(state_dict)}; "
-            f"not in both: {_some(odd)}"
+            f"state_dict must be of a {family} with this mixer, got {some(state_dict)}; "
+            f"not in both: {some(odd)}"
         )
     for name, value in expected.items():
         if found[name].shape != value.shape:
@@ -66,6 +84,9 @@ def _check_layers(state_dict: Mapping[str, Tensor], model: IsotropicModel, famil
                 f"state_dict must be of a {family} of this size: {name} must be "
                 f"{tuple(value.shape)}, got {tuple(found[name].shape)}"
             )
+    depth = len({k.split(".")[1] for k in state_dict if k.startswith("layers.")})
+    if depth != len(model.layers):
+        raise ValueError(f"state_dict must have {len(model.layers)} layers, got {depth}; see depth")
     if ("cls_token" in state_dict) != (model.cls_token is not None):
         raise ValueError(
             f"state_dict must {'lack' if model.cls_token is None else 'hold'} cls_token for this "
@@ -73,7 +94,8 @@ def _check_layers(state_dict: Mapping[str, Tensor], model: IsotropicModel, famil
         )
 
 
-def _some(names: Iterable[str]) -> str:
+def some(names: Iterable[str]) -> str:
+    """The first three, and how many more there are."""
     names = list(names)
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 

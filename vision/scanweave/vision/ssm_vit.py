@@ -21,10 +21,10 @@ to layer; directions never share a layer, nor its parameters.
 
 from typing import Any
 
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor
 
+from .configs import patch_cfg
 from .isotropic import IsotropicModel
 from .loading import fit_state_dict
 
@@ -36,11 +36,10 @@ class SsmVit(IsotropicModel):
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: SsmVit) -> dict[str, Tensor]:
-    """Make a checkpoint fit `model`: unwrap it, strip prefixes, resize positions.
+    """Make a checkpoint fit `model`, see `fit_state_dict`.
 
     Args:
-        state_dict: A state dict of this family, with or without head, alone or under "model",
-            "state_dict" or "model_ema" of a training checkpoint.
+        state_dict: Of this family, with or without head, alone or in a training checkpoint.
         model: What will load it.
 
     Returns:
@@ -67,30 +66,12 @@ def _create_ssm_vit(variant: str, pretrained: bool = False, **kwargs: Any) -> Ss
     )
 
 
-def _cfg(url: str = "", **kwargs: Any) -> dict[str, Any]:
-    return {
-        "url": url,
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": None,
-        "crop_pct": 0.9,
-        "interpolation": "bicubic",
-        "fixed_input_size": True,
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "patch_embed.proj",
-        "classifier": "head",
-        "license": "apache-2.0",
-        **kwargs,
-    }
-
-
 default_cfgs = generate_default_cfgs(
     {
-        "ssm_vit_tiny_patch16_224.untrained": _cfg(),
-        "ssm_vit_small_patch16_224.untrained": _cfg(),
-        "ssm_vit_base_patch16_224.untrained": _cfg(),
-        "test_ssm_vit.untrained": _cfg(input_size=(3, 160, 160), crop_pct=0.95),
+        "ssm_vit_tiny_patch16_224.untrained": patch_cfg(),
+        "ssm_vit_small_patch16_224.untrained": patch_cfg(),
+        "ssm_vit_base_patch16_224.untrained": patch_cfg(),
+        "test_ssm_vit.untrained": patch_cfg(input_size=(3, 160, 160), crop_pct=0.95),
     }
 )
 

@@ -157,8 +157,8 @@ class TokenModel(nn.Module):
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt}")
         take, last = feature_take_indices(len(self.layers), indices)
+        grid = self.patch_embed.grid_of(x)
         batch = x.shape[0]
-        grid = self.patch_embed.dynamic_feat_size((x.shape[2], x.shape[3]))
         x = self._embed(x)
         x, taken = self._run(x, grid[0], grid[1], take, last if stop_early else -1)
         dtype = self.patch_embed.proj.weight.dtype
@@ -236,7 +236,7 @@ class TokenModel(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Normed features (B, L, D), the class token among them, of images (B, C, H, W)."""
-        grid = self.patch_embed.dynamic_feat_size((x.shape[2], x.shape[3]))
+        grid = self.patch_embed.grid_of(x)
         nothing: list[int] = []
         return self._normed(self._run(self._embed(x), grid[0], grid[1], nothing, -1)[0])
 

@@ -16,7 +16,6 @@ the official code is numbered, with permalinks, in `vision/README.md`.
 
 from typing import Any
 
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import (
     build_model_with_cfg,
     generate_default_cfgs,
@@ -25,6 +24,7 @@ from timm.models import (
 )
 from torch import Tensor
 
+from .configs import patch_cfg
 from .isotropic import IsotropicModel
 from .loading import fit_state_dict
 from .local import directions_of
@@ -37,11 +37,11 @@ class Vim(IsotropicModel):
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: Vim) -> dict[str, Tensor]:
-    """Make a checkpoint fit `model`: unwrap it, strip prefixes, resize positions.
+    """Make a checkpoint fit `model`, see `fit_state_dict`.
 
     Args:
-        state_dict: A Vim state dict of the official code or of ours, with or without head, alone
-            or under "model", "state_dict" or "model_ema" of a training checkpoint.
+        state_dict: Of the official code or of ours, with or without head, alone or in a training
+            checkpoint.
         model: What will load it.
 
     Returns:
@@ -65,26 +65,15 @@ def _create_vim(variant: str, pretrained: bool = False, **kwargs: Any) -> Vim:
     )
 
 
-def _cfg(url: str = "", **kwargs: Any) -> dict[str, Any]:
-    return {
-        "url": url,
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": None,
+def _cfg(**kwargs: Any) -> dict[str, Any]:
+    paper = {
         "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "fixed_input_size": True,
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "patch_embed.proj",
-        "classifier": "head",
-        "license": "apache-2.0",
         "paper_ids": "arXiv:2401.09417",
         "paper_name": "Vision Mamba: Efficient Visual Representation Learning with "
         "Bidirectional State Space Model",
         "origin_url": "https://github.com/hustvl/Vim",
-        **kwargs,
     }
+    return patch_cfg(**{**paper, **kwargs})
 
 
 def _local_cfg(**kwargs: Any) -> dict[str, Any]:

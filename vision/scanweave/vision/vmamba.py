@@ -13,7 +13,7 @@ numbered in `vision/README.md`.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -21,6 +21,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import Tensor
 
 from .hierarchical import HierarchicalModel
+from .loading import some, unwrapped
 from .local import directions_of
 
 __all__ = ["VMamba"]
@@ -48,9 +49,8 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: VMamba) -> dict[str,
     """Make a checkpoint fit `model`: unwrap it, give its tensors the released models' names.
 
     Args:
-        state_dict: A VMamba state dict of any version of the official code or of ours, with or
-            without head, alone or under "model", "state_dict" or "model_ema" of a training
-            checkpoint. Norms that a detector adds to the stages' outputs are left out.
+        state_dict: As `unwrapped` takes; of any version of the official code or of ours, with or
+            without head. Norms that a detector adds to the stages' outputs are left out.
         model: What will load it.
 
     Returns:
@@ -59,15 +59,10 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: VMamba) -> dict[str,
     Raises:
         ValueError: the checkpoint is of another model.
     """
-    for key in ("model", "state_dict", "model_ema"):
-        if isinstance(state_dict.get(key), Mapping):
-            state_dict = dict(state_dict[key])
-            break
     own = model.state_dict()
     renamed = _RENAMED + (_MERGING if "layers.0.downsample.norm.weight" in own else ())
     out: dict[str, Tensor] = {}
-    for key, value in state_dict.items():
-        name = key.removeprefix("module.")
+    for name, value in unwrapped(state_dict).items():
         if name.startswith("outnorm"):
             continue
         for pattern, new in renamed:
@@ -89,8 +84,8 @@ def _check_blocks(state_dict: Mapping[str, Tensor], own: Mapping[str, Tensor]) -
     odd = sorted(expected.keys() ^ found.keys())
     if odd:
         raise ValueError(
-            f"state_dict must be of a VMamba with these arguments, got {_some(state_dict)}; "
-            f"not in both: {_some(odd)}"
+            f"state_dict must be of a VMamba with these arguments, got {some(state_dict)}; "
+            f"not in both: {some(odd)}"
         )
     for name, value in expected.items():
         if found[name].shape != value.shape:
@@ -98,11 +93,6 @@ def _check_blocks(state_dict: Mapping[str, Tensor], own: Mapping[str, Tensor]) -
                 f"state_dict must be of a VMamba of this size: {name} must be "
                 f"{tuple(value.shape)}, got {tuple(found[name].shape)}"
             )
-
-
-def _some(names: Iterable[str]) -> str:
-    names = list(names)
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _create_vmamba(variant: str, pretrained: bool = False, **kwargs: Any) -> VMamba:
