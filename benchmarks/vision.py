@@ -9,6 +9,7 @@ import argparse
 import copy
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,6 +72,7 @@ class Settings:
     toy: bool = False
     profile: bool = False
     checkpointing: bool = False
+    warm: bool = False
     # by the monotonic clock; nothing new is started after it
     deadline: float = float("inf")
     say: Callable[[str], None] = lambda text: None
@@ -197,8 +199,9 @@ def measure_model(
         errors, refused, by = check(found, x, target, settings.dtype)
     wrong = [f"{spec.name} {name}: not timed, {text}" for name, text in refused.items()]
     shares: list[Share] = []
-    pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
     for passes in settings.passes:
+        # graphs of one pass share memory, as only one runs at a time
+        pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         calls: dict[tuple[str, str], Callable[[], object]] = {}
         for one in found:
             if one.name not in errors:
@@ -220,9 +223,12 @@ def measure_model(
                     calls[key] = call
                 except Exception as reason:
                     # compilers and captures raise anything; the official code is not ours to mend
+                    settings.say(traceback.format_exc())
                     note = f"fails: {_first_line(reason)}"
                     row = (*shared, passes, mode, one.name, versions[one.name])
                     emit(VisionRow(*row, note=note))
+        if settings.warm:
+            calls.clear()
         names = {f"{name} {mode}": call for (name, mode), call in calls.items()}
         times = measure(names, device, settings.toy)
         for (name, mode), call in calls.items():
@@ -275,6 +281,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--toy", action="store_true", help="small models, to see that all run")
     parser.add_argument("--profile", action="store_true", help="also write where the time goes")
     parser.add_argument("--checkpointing", action="store_true", help="recompute layers in training")
+    parser.add_argument("--warm", action="store_true", help="only fill the compilers' caches")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start nothing after")
     parser.add_argument("--out", type=Path, help="CSV to append to; the profile goes beside it")
     parser.add_argument("--commit", help="commit to write where there is no git checkout")
@@ -304,6 +311,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         toy=args.toy,
         profile=args.profile,
         checkpointing=args.checkpointing,
+        warm=args.warm,
         deadline=time.monotonic() + args.seconds,
         say=lambda text: print(text, file=sys.stderr, flush=True),
     )

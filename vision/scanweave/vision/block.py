@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch._jit_internal import is_scripting
 
 from scanweave.core import create_mixer
+from scanweave.core.ops.norm.cast import rms_norm_cast
 
 from .scripting import quasi_separable, scan_in_steps
 
@@ -136,7 +137,7 @@ class MixerBlock(nn.Module):
         Returns:
             (B, L, D), in the dtype of `x` or wider.
         """
-        y = self.norm(x)
+        y = self.norm(x) if is_scripting() else self._normed(self.norm, x)
         if order is not None:
             y = y.index_select(1, order)
         y = self._scripted_mixer(y) if is_scripting() else self.mixer(y)
@@ -144,8 +145,22 @@ class MixerBlock(nn.Module):
             y = y.index_select(1, inverse)
         x = x + self.drop_path(y)
         if self.has_mlp:
-            x = x + self.drop_path(self.mlp(self.norm2(x)))
+            y = self.norm2(x) if is_scripting() else self._normed(self.norm2, x)
+            x = x + self.drop_path(self.mlp(y))
         return x
+
+    @torch.jit.unused
+    def _normed(self, norm: nn.Module, x: Tensor) -> Tensor:
+        """The norm, under autocast in the dtype to which the next projection would round it."""
+        # a norm that somebody put in its place, or watches, is called
+        plain = type(norm) is RmsNorm and not (norm._forward_hooks or norm._forward_pre_hooks)
+        if not plain or x.dtype == torch.float64 or x.is_meta:
+            return norm(x)
+        if not torch.is_autocast_enabled(x.device.type):
+            return norm(x)
+        assert isinstance(norm, RmsNorm)
+        eps = 1e-5 if norm.eps is None else norm.eps
+        return rms_norm_cast(x, norm.weight, eps, torch.get_autocast_dtype(x.device.type))
 
     def _scripted_mixer(self, x: Tensor) -> Tensor:
         """The mixer for TorchScript, which compiles only the branch whose names exist.

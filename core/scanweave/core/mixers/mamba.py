@@ -27,6 +27,15 @@ from ..ops.selective import bidirectional_selective_scan, selective_scan, select
 from .base import Mixer, State, register_mixer
 
 
+def _rates(logs: list[Tensor]) -> list[Tensor]:
+    """Decay rates -exp(A_log), in float32 or wider."""
+    wide = [v.to(computing_dtype(v)) for v in logs]
+    if torch.is_grad_enabled() or not logs[0].is_cuda:
+        return [-torch.exp(v) for v in wide]
+    # two launches for all directions
+    return list(torch._foreach_neg(torch._foreach_exp(wide)))  # pyright: ignore[reportPrivateImportUsage]
+
+
 class _MambaBase(Mixer):
     """Projections, sizes and initialisation that both blocks share."""
 
@@ -126,10 +135,11 @@ class _MambaBase(Mixer):
         conv = self._direction(suffix)[0]
         return conv.weight.squeeze(1), conv.bias
 
-    def _trains(self, x: Tensor) -> bool:
-        """Whether gradients will be asked for of projections that nobody has replaced."""
-        if not torch.is_grad_enabled():
-            return False
+    def _whole(self, x: Tensor) -> bool:
+        """Whether to run as one operator: in training, and on a GPU, where it takes fewer launches.
+
+        Not if somebody has replaced a projection, or watches it.
+        """
         suffixes = self._directions
         linears = [self.in_proj, self.out_proj]
         linears += [getattr(self, f"x_proj{s}") for s in suffixes]
@@ -138,7 +148,8 @@ class _MambaBase(Mixer):
             type(m) is nn.Linear and not m._forward_hooks and not m._forward_pre_hooks
             for m in linears
         )
-        return plain and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
+        trains = x.requires_grad or any(p.requires_grad for p in self.parameters())
+        return plain and (x.is_cuda or (torch.is_grad_enabled() and trains))
 
     def _block(self, x: Tensor, cu_seqlens: Tensor | None, scale: float) -> Tensor:
         """All directions as one operator, which keeps less for the backward than its parts do."""
@@ -150,23 +161,34 @@ class _MambaBase(Mixer):
         def cast(v: Tensor) -> Tensor:
             return v if wanted is None else v.to(wanted)
 
+        def cast_all(values: list[Tensor]) -> list[Tensor]:
+            if wanted is None or torch.is_grad_enabled() or not x.is_cuda:
+                return [cast(v) for v in values]
+            # one launch instead of one a tensor
+            found = [torch.empty_like(v, dtype=wanted) for v in values]
+            torch._foreach_copy_(found, values)  # pyright: ignore[reportPrivateImportUsage]
+            return found
+
         parts = [self._direction(suffix) for suffix in self._directions]
         convs, x_projs, dt_projs, a_logs, skips = (list(v) for v in zip(*parts, strict=True))
         inner, outer = self.in_proj, self.out_proj
         # halving the weight is exact, cheaper than halving y, and leaves the bias alone
         out_weight = outer.weight if scale == 1.0 else scale * outer.weight
+        weights = [inner.weight, *(m.weight for m in (*x_projs, *dt_projs)), out_weight]
+        in_weight, *x_weight, out_weight = cast_all(weights)
+        count = len(parts)
         return mamba_block(
             cast(x),
-            cast(inner.weight),
+            in_weight,
             None if inner.bias is None else cast(inner.bias),
             [conv.weight.squeeze(1) for conv in convs],
             [conv.bias for conv in convs if conv.bias is not None],
-            [cast(linear.weight) for linear in x_projs],
-            [cast(linear.weight) for linear in dt_projs],
-            [-torch.exp(v.to(computing_dtype(v))) for v in a_logs],
+            x_weight[:count],
+            x_weight[count:],
+            _rates(a_logs),
             skips,
             [linear.bias for linear in dt_projs],
-            cast(out_weight),
+            out_weight,
             None if outer.bias is None else cast(outer.bias),
             cu_seqlens,
             [suffix != "" for suffix in self._directions],
@@ -351,7 +373,7 @@ class BiMamba(_MambaBase):
     def _mix(
         self, x: Tensor, state: State | None, cu_seqlens: Tensor | None, return_state: bool
     ) -> tuple[Tensor, State | None]:
-        if self._trains(x):
+        if self._whole(x):
             return self._block(x, cu_seqlens, 0.5 if self.average else 1.0), None
         u, z = self.in_proj(x).chunk(2, -1)
         forth = causal_conv1d(u, *self._taps(""), "silu", cu_seqlens=cu_seqlens)

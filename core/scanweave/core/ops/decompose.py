@@ -30,7 +30,7 @@ from torch import Tensor
 from .checks import computing_dtype
 from .gated.bonus import with_bonus
 from .linear.reference import state_dtype
-from .mamba.op import forward as mamba_block_parts
+from .mamba.op import in_parts
 from .norm.reference import rms_norm_gated_ref
 from .wkv.reference import power, ratio
 
@@ -53,7 +53,7 @@ def decompositions() -> dict[torch._ops.OpOverload, Callable]:
     ops = torch.ops.scanweave
     return {
         ops.short_conv.default: _short_conv,
-        ops.mamba_block.default: mamba_block_parts,
+        ops.mamba_block.default: in_parts,
         ops.selective_scan.default: _selective_scan,
         ops.path_selective_scan.default: _path_selective_scan,
         ops.gated_linear_scan.default: _gated_linear_scan,

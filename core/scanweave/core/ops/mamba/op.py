@@ -1,4 +1,4 @@
-"""A whole Mamba block as one registered operator, for training.
+"""A whole Mamba block as one registered operator.
 
     u, z      = x W_in                              E channels each
     v_k       = silu(conv_k(u))                     for each of K directions
@@ -29,6 +29,7 @@ from torch.autograd.function import once_differentiable
 from .. import conv, selective
 from ..checks import on_kernels, without_autocast
 from .gate_kernel import gate
+from .project_kernel import project, takes
 
 # whose operators are called below
 assert conv
@@ -41,7 +42,7 @@ _INPUTS = (
     "Tensor out_weight, Tensor? out_bias, Tensor? cu_seqlens, bool[] reverse"
 )
 _lib.define(
-    f"mamba_block({_INPUTS}) -> "
+    f"mamba_block({_INPUTS}, bool training) -> "
     "(Tensor out, Tensor xz, Tensor projected, Tensor y, Tensor checkpoints)"
 )
 _lib.define(
@@ -53,19 +54,23 @@ _forward_op = _ops.mamba_block.default
 _backward_op = _ops.mamba_block_backward.default
 
 
-def _convolved(
+def _scan_inputs(
     u: Tensor,
-    weight: list[Tensor],
-    bias: list[Tensor],
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    x_weight: Tensor,
+    dt_weight: Tensor,
     cu_seqlens: Tensor | None,
-    reverse: list[bool],
-) -> list[Tensor]:
-    """Every direction's convolved inputs, (B, L, E)."""
-    biases = bias or [None] * len(reverse)
-    return [
-        _ops.short_conv(u, w, b, None, cu_seqlens, w.shape[1] - 1, back, True)
-        for w, b, back in zip(weight, biases, reverse, strict=True)
-    ]
+    reverse: bool,
+    fused: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One direction's convolved inputs (B, L, E), r B C (B, L, R + 2 N) and time steps."""
+    if fused and on_kernels(u) and takes(u, conv_weight, x_weight, cu_seqlens):
+        return project(u, conv_weight, conv_bias, x_weight, dt_weight, reverse)
+    settings = (None, cu_seqlens, conv_weight.shape[1] - 1, reverse, True)
+    values = _ops.short_conv(u, conv_weight, conv_bias, *settings)
+    projected = F.linear(values, x_weight)
+    return values, projected, F.linear(projected[..., : dt_weight.shape[1]], dt_weight)
 
 
 def _parts(projected: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -75,7 +80,7 @@ def _parts(projected: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     return r, B.unsqueeze(2), C.unsqueeze(2)
 
 
-def forward(
+def in_parts(
     x: Tensor,
     in_weight: Tensor,
     in_bias: Tensor | None,
@@ -90,20 +95,55 @@ def forward(
     out_bias: Tensor | None,
     cu_seqlens: Tensor | None,
     reverse: list[bool],
+    training: bool,
+    fused: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The block's output, and what its backward keeps; by registered and PyTorch's operators."""
+    """The block's output, and what its backward keeps; empty unless `training`.
+
+    By registered and PyTorch's operators, or with `fused` by kernels that run several of them.
+    """
     with without_autocast(x):
         xz = F.linear(x, in_weight, in_bias)
         u, z = xz.chunk(2, -1)
-        values = _convolved(u, conv_weight, conv_bias, cu_seqlens, reverse)
-        projected = [F.linear(v, w) for v, w in zip(values, x_weight, strict=True)]
+        biases = conv_bias or [None] * len(reverse)
+        found = [
+            _scan_inputs(u, w, b, w_x, w_dt, cu_seqlens, back, fused)
+            for w, b, w_x, w_dt, back in zip(
+                conv_weight, biases, x_weight, dt_weight, reverse, strict=True
+            )
+        ]
+        values, projected, dt = (list(v) for v in zip(*found, strict=True))
         rank = dt_weight[0].shape[1]
-        r, B, C = zip(*(_parts(p, rank) for p in projected), strict=True)
-        dt = [F.linear(v, w) for v, w in zip(r, dt_weight, strict=True)]
+        _, B, C = zip(*(_parts(p, rank) for p in projected), strict=True)
         inputs = (values, dt, A, list(B), list(C), D, dt_bias, [])
-        y_out, y, _, kept = _ops.selective_scan(*inputs, z, cu_seqlens, reverse, True, True)
+        y_out, y, _, kept = _ops.selective_scan(*inputs, z, cu_seqlens, reverse, True, training)
         out = F.linear(y_out, out_weight, out_bias)
+        if not training:
+            none = [x.new_empty(0) for _ in range(4)]
+            return out, none[0], none[1], none[2], none[3]
         return out, xz, torch.stack(projected), y, kept
+
+
+def _forward(
+    x: Tensor,
+    in_weight: Tensor,
+    in_bias: Tensor | None,
+    conv_weight: list[Tensor],
+    conv_bias: list[Tensor],
+    x_weight: list[Tensor],
+    dt_weight: list[Tensor],
+    A: list[Tensor],
+    D: list[Tensor],
+    dt_bias: list[Tensor],
+    out_weight: Tensor,
+    out_bias: Tensor | None,
+    cu_seqlens: Tensor | None,
+    reverse: list[bool],
+    training: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    lists = (conv_weight, conv_bias, x_weight, dt_weight, A, D, dt_bias)
+    settings = (out_weight, out_bias, cu_seqlens, reverse, training, True)
+    return in_parts(x, in_weight, in_bias, *lists, *settings)
 
 
 def _gated(y: Tensor, z: Tensor) -> Tensor:
@@ -145,9 +185,13 @@ def _backward(
         # dW = dout^T (y silu(z)), in the weight's own layout
         dout_weight = _rows(dout).t() @ _rows(_gated(y, z))
         dy = dout @ out_weight
-        values = _convolved(u, conv_weight, conv_bias, cu_seqlens, reverse)
         r, B, C = zip(*(_parts(p, rank) for p in projected.unbind(0)), strict=True)
-        dt = [F.linear(v, w) for v, w in zip(r, dt_weight, strict=True)]
+        values, dt = [], []
+        for k in range(count):
+            w, b = conv_weight[k], conv_bias[k] if conv_bias else None
+            settings = (None, cu_seqlens, w.shape[1] - 1, reverse[k], True)
+            values.append(_ops.short_conv(u, w, b, *settings))
+            dt.append(F.linear(r[k], dt_weight[k]))
         inputs = (values, dt, A, list(B), list(C), D, dt_bias, [])
         settings = (z, cu_seqlens, reverse, True, y, checkpoints)
         grads = _ops.selective_scan_backward(dy, None, *inputs, *settings)
@@ -214,10 +258,10 @@ def _backward_fake(
 
 
 for _device in ("CPU", "CUDA"):
-    _lib.impl("mamba_block", forward, _device)
+    _lib.impl("mamba_block", _forward, _device)
     _lib.impl("mamba_block_backward", _backward, _device)
 # its parts know shapes by themselves
-torch.library.register_fake("scanweave::mamba_block", forward, lib=_lib)
+torch.library.register_fake("scanweave::mamba_block", in_parts, lib=_lib)
 torch.library.register_fake("scanweave::mamba_block_backward", _backward_fake, lib=_lib)
 
 # the op's tensors in order: single ones, lists of one tensor a direction
@@ -243,9 +287,9 @@ class MambaBlock(torch.autograd.Function):
     """The op with gradients; tensors come flat, in the op's order, so that autograd sees them."""
 
     @staticmethod
-    def forward(ctx, reverse, lists, cu_seqlens, *tensors):  # noqa: D102
+    def forward(ctx, reverse, lists, training, cu_seqlens, *tensors):  # noqa: D102
         arguments = _nested(tensors, len(reverse), lists)
-        out, *kept = _forward_op(*arguments, cu_seqlens, list(reverse))
+        out, *kept = _forward_op(*arguments, cu_seqlens, list(reverse), training)
         ctx.save_for_backward(cu_seqlens, *kept, *tensors)
         ctx.reverse, ctx.lists = reverse, lists
         return out
@@ -257,7 +301,7 @@ class MambaBlock(torch.autograd.Function):
         arguments = _nested(tensors, len(ctx.reverse), ctx.lists)
         kept = (xz, projected, y, checkpoints)
         grads = iter(_backward_op(dout, *arguments, cu_seqlens, list(ctx.reverse), *kept))
-        return None, None, None, *(None if v is None else next(grads) for v in tensors)
+        return None, None, None, None, *(None if v is None else next(grads) for v in tensors)
 
 
 def mamba_block(
@@ -301,7 +345,9 @@ def mamba_block(
     """
     lists = (conv_weight, conv_bias, x_weight, dt_weight, A, D, dt_bias)
     flat = [x, in_weight, in_bias, *(v for one in lists for v in one), out_weight, out_bias]
-    return MambaBlock.apply(tuple(reverse), tuple(len(v) > 0 for v in lists), cu_seqlens, *flat)
+    has = tuple(len(v) > 0 for v in lists)
+    training = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in flat)
+    return MambaBlock.apply(tuple(reverse), has, training, cu_seqlens, *flat)
 
 
 def _differentiable(
@@ -319,14 +365,16 @@ def _differentiable(
     out_bias: Tensor | None,
     cu_seqlens: Tensor | None,
     reverse: list[bool],
+    training: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     lists = (conv_weight, conv_bias, x_weight, dt_weight, A, D, dt_bias)
     flat = [x, in_weight, in_bias, *(v for one in lists for v in one), out_weight, out_bias]
     if not (torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in flat)):
         with torch._C._AutoDispatchBelowAutograd():
-            return _forward_op(x, in_weight, in_bias, *lists, *flat[-2:], cu_seqlens, reverse)
+            given = (x, in_weight, in_bias, *lists, out_weight, out_bias)
+            return _forward_op(*given, cu_seqlens, reverse, training)
     has = tuple(len(v) > 0 for v in lists)
-    out = MambaBlock.apply(tuple(reverse), has, cu_seqlens, *flat)
+    out = MambaBlock.apply(tuple(reverse), has, True, cu_seqlens, *flat)
     # what only the backward reads stays inside the Function
     return out, *(out.new_empty(0) for _ in range(4))
 

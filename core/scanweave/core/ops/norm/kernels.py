@@ -134,11 +134,17 @@ def _tile(rows: int, size: int) -> tuple[int, int, int]:
 
 
 def forward(
-    x: Tensor, weight: Tensor, z: Tensor | None, eps: float, size: int, norm_first: bool
+    x: Tensor,
+    weight: Tensor,
+    z: Tensor | None,
+    eps: float,
+    size: int,
+    norm_first: bool,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """`x` and `z` (R, D)."""
+    """`x` and `z` (R, D); the result in `dtype`, that of x when None."""
     rows, dim = x.shape
-    out = torch.empty((rows, dim), dtype=x.dtype, device=x.device)
+    out = torch.empty((rows, dim), dtype=dtype or x.dtype, device=x.device)
     if out.numel() == 0:
         return out
     x, z = adjacent(x), None if z is None else adjacent(z)
