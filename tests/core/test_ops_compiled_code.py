@@ -88,6 +88,35 @@ def test_recording_neither_launches_nor_patches_for_good(monkeypatch: pytest.Mon
             assert launch.elements > 1
 
 
+def compiled_as(launch: compiled_code.Launch) -> tuple[object, ...]:
+    """What Triton compiles a kernel for: constants, types, and divisors of numbers."""
+    kinds: list[object] = [launch.kernel]
+    for parameter in launch.kernel.params:
+        value = launch.named.get(parameter.name)
+        if isinstance(value, torch.Tensor):
+            value = value.dtype
+        elif type(value) is int and not parameter.is_constexpr:
+            shared = not parameter.do_not_specialize
+            value = (value >= 1 << 31, shared and value % 16 == 0, shared and value == 1)
+        kinds.append((parameter.name, value))
+    return tuple(kinds)
+
+
+@pytest.mark.parametrize("op", ["selective_scan", "causal_conv1d"])
+def test_packed_rows_of_all_lengths_share_kernels(op: str):
+    """A batch of graphs has another number of nodes every time."""
+    (shape,) = (s for s in SHAPES[op]["cuda"] if s.name == "graph")
+    forms = [
+        [
+            compiled_as(launch)
+            for launch in record(op, dataclasses.replace(shape, length=n))["training"]
+        ]
+        for n in (90_000, 90_016, 91_003, 90_112)
+    ]
+    assert forms[0]
+    assert all(form == forms[0] for form in forms)
+
+
 def test_launch_options_are_those_of_the_vendor():
     """A cap on registers is an option of NVIDIA's compiler only."""
     (vim,) = (s for s in SHAPES["selective_scan"]["cuda"] if s.name == "vim_s")

@@ -47,6 +47,15 @@ def adjacent(v: Tensor) -> Tensor:
     return v if v.stride(-1) == 1 or v.shape[-1] == 1 else v.contiguous()
 
 
+def batch_stride(v: Tensor | None) -> int:
+    """Stride of the first dimension; 0 where it is never stepped along.
+
+    That of a packed row is its length times its width. A kernel that is told it would be compiled
+    again for every new divisor.
+    """
+    return 0 if v is None or v.shape[0] == 1 else v.stride(0)
+
+
 def register_limit(count: int | None) -> dict[str, int]:
     """Launch option that caps registers a thread, so that more warps fit; NVIDIA only."""
     if count is None or torch.version.cuda is None:

@@ -18,7 +18,7 @@ from ..launch import adjacent, ceil_div, on_device, power_of_2, sigmoid
 TILE = 2048
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _add_kernel(
     parts_ptr,  # (T, K, D)
     z_ptr,  # (T, D)

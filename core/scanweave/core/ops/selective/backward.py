@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..launch import LOG2_E, adjacent, on_device
+from ..launch import LOG2_E, adjacent, batch_stride, on_device
 from .backward_kernel import backward_kernel
 from .kernels import Direction, backward_plan, chunk_of, prepare, strides_and_flags
 from .portable import ScanGradients
@@ -113,7 +113,7 @@ def backward(
                     0 if spans is None else spans.steps,
                     chunk,
                     **strides,
-                    stride_ob=dout.stride(0),
+                    stride_ob=batch_stride(dout),
                     stride_ol=dout.stride(1),
                     **flags,
                     HAS_H0=initial_state,

@@ -20,7 +20,7 @@ from ..launch import LN_2, LOG2_E, sigmoid
 from .kernels import load_row, softplus, span_of, token_at
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "tokens", "sequences", "span"])
 def backward_kernel(
     x_ptr,
     dt_ptr,

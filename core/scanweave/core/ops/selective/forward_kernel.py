@@ -39,7 +39,7 @@ from .spans import entering, split
 UNBOUNDED = 1 << 16
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "tokens", "sequences", "span"])
 def _forward_kernel(
     x_ptr,
     dt_ptr,

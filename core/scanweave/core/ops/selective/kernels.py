@@ -3,6 +3,8 @@
 One program runs one sequence for a block of channels, step by step, with the state in registers.
 Nothing is flipped or permuted in memory: direction and packing are addressing. No atomics: sums
 over channels and sequences are partial results that PyTorch adds, so runs repeat bit by bit.
+Numbers of tokens and sequences are not specialized: they change with every packed batch, and each
+new divisor would be compiled again.
 
 Letters: S sequences, T tokens, D channels, G groups, N state. Equations: `reference.py`, and
 `portable.scan_backward` for the gradients.
@@ -19,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import LOG2_E, adjacent, ceil_div, power_of_2, processors
+from ..launch import LOG2_E, adjacent, batch_stride, ceil_div, power_of_2, processors
 
 Direction = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 
@@ -198,17 +200,17 @@ def strides_and_flags(
     """Strides and flags that both kernels take, of inputs with adjacent channels."""
     x, dt, A, B, C, D, bias = inputs
     strides = {
-        "stride_xb": x.stride(0),
+        "stride_xb": batch_stride(x),
         "stride_xl": x.stride(1),
-        "stride_dtb": dt.stride(0),
+        "stride_dtb": batch_stride(dt),
         "stride_dtl": dt.stride(1),
-        "stride_Bb": B.stride(0),
+        "stride_Bb": batch_stride(B),
         "stride_Bl": B.stride(1),
         "stride_Bg": B.stride(2),
-        "stride_Cb": C.stride(0),
+        "stride_Cb": batch_stride(C),
         "stride_Cl": C.stride(1),
         "stride_Cg": C.stride(2),
-        "stride_zb": 0 if z is None else z.stride(0),
+        "stride_zb": batch_stride(z),
         "stride_zl": 0 if z is None else z.stride(1),
     }
     # tokens of a path are counted from the first, and their offsets may outgrow 32 bits

@@ -21,7 +21,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import adjacent, ceil_div, on_device, power_of_2, processors, sigmoid
+from ..launch import (
+    adjacent,
+    batch_stride,
+    ceil_div,
+    on_device,
+    power_of_2,
+    processors,
+    sigmoid,
+)
 from .kernels import (
     Direction,
     block_d,
@@ -72,7 +80,7 @@ def split(x: Tensor, groups: int, state: int, sequences: int, packed: bool) -> S
     return Spans(steps, slots)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "sequences", "span"])
 def _span_kernel(
     row_ptr,  # (B, L, D): x, or in the backward the gradient of the output
     dt_ptr,
@@ -210,7 +218,7 @@ def _span_kernel(
     tl.store(sum_ptr + slot.to(tl.int64) * dim + offs_d, sum_delta, mask=mask_d)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "span"])
 def _combine_kernel(
     A_ptr,  # (N, D), times log2(e)
     h0_ptr,  # (S, D, N)
@@ -327,9 +335,9 @@ def entering(
             programs,
             sequences,
             spans.steps,
-            rows.stride(0),
+            batch_stride(rows),
             rows.stride(1),
-            stride_Vb=V.stride(0),
+            stride_Vb=batch_stride(V),
             stride_Vl=V.stride(1),
             stride_Vg=V.stride(2),
             **{name: strides[name] for name in named},
