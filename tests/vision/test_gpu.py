@@ -15,7 +15,7 @@ each = pytest.mark.parametrize("name", TEST_MODELS)
 REAL = (
     *("vim_tiny_patch16_224", "vim_tiny_patch16_stride8_224", "local_vim_tiny_patch16_224"),
     *("mambar_tiny_patch16_224", "ssm_vit_tiny_patch16_224", "hydra_vit_tiny_patch16_224"),
-    *("vmamba_tiny_s1l8", "vmamba_tiny_s2l5", "vanilla_vmamba_tiny"),
+    *("vmamba_tiny_s1l8", "vmamba_tiny_s2l5", "vanilla_vmamba_tiny", "local_vmamba_tiny"),
 )
 HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
 # what rounding to 8 or 11 bits in every layer of a random model leaves of its outputs
@@ -203,6 +203,19 @@ def test_a_step_waits_for_nothing(name: str, half: bool, never_waiting: Callable
         losses += [step() for _ in range(3)]
     assert torch.stack(losses).isfinite().all()
     assert losses[-1] < losses[0]
+
+
+@each
+def test_other_sizes_wait_for_nothing(name: str, never_waiting: Callable[..., Any]) -> None:
+    """Orders and paths of a size that the model was not made for are kept on the device."""
+    dynamic = {"dynamic_img_size": True} if takes(name, "dynamic_img_size") else {}
+    model = shallow(name) if not dynamic else small(name, **dynamic, depth=2)
+    model, x = model.cuda(), images(2, 48, 96).cuda()
+    with torch.no_grad():
+        expected = model(x)
+        with never_waiting():
+            y = model(x)
+    torch.testing.assert_close(y, expected)
 
 
 @each

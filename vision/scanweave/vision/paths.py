@@ -75,6 +75,20 @@ def token_orders(
         return torch.stack([order, order.argsort(1)])
 
 
+# on the device too: a copy from the host would make it wait for the device in every forward
+@functools.lru_cache(maxsize=64)
+def _kept_orders(
+    grid: tuple[int, int],
+    kind: str,
+    window: tuple[int, int] | None,
+    rows: tuple[int, ...],
+    device: torch.device,
+) -> Tensor:
+    orders = token_orders(grid, kind, window, rows)
+    assert orders is not None
+    return orders.to(device)
+
+
 # an operator of its own: compilers and exporters need not follow how an order is made, so that
 # sizes may stay symbolic
 @torch.library.custom_op("scanweave::token_orders", mutates_args=())
@@ -88,10 +102,9 @@ def _orders_op(
     count: int,
 ) -> Tensor:
     rows = tuple(class_rows(height * width, class_position, count))
-    orders = token_orders((height, width), kind, (window[0], window[1]) if window else None, rows)
-    assert orders is not None
-    # a copy, as results of operators may be written to and these are cached
-    return orders.to(like.device, copy=True)
+    size = (window[0], window[1]) if window else None
+    # a copy, as results of operators may be written to and these are kept
+    return _kept_orders((height, width), kind, size, rows, like.device).clone()
 
 
 @_orders_op.register_fake
