@@ -98,7 +98,7 @@ def _backward_window(
     return e, ei, total, total_i
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "tokens"])
 def _backward_kernel(
     g_ptr,  # gradient of h
     x_ptr,

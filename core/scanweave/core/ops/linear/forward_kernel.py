@@ -64,7 +64,7 @@ def _forward_window(
     return h, hi
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "tokens"])
 def _forward_kernel(
     x_ptr,
     a_ptr,  # logarithms; decays themselves if complex

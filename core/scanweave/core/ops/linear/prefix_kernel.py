@@ -49,7 +49,7 @@ def _prefix_window(
     return h, hi, p, pi
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length"])
 def _prefix_kernel(
     x_ptr,
     a_ptr,  # logarithms; decays themselves if complex

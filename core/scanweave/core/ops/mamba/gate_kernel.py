@@ -16,7 +16,7 @@ from ..launch import adjacent, ceil_div, on_device, power_of_2, sigmoid
 TILE = 2048
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _gate_kernel(
     y_ptr,  # (T, E)
     z_ptr,  # (T, E)

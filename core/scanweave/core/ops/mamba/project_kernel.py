@@ -27,7 +27,7 @@ ROWS, CHANNELS, WARPS, STAGES = 64, 32, 4, 2
 MAX_WIDTH, MAX_PROJECTED = 8, 128
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "length"])
 def _project_kernel(
     x_ptr,  # (B L, E), rows stride_x apart
     conv_ptr,  # (E, W)

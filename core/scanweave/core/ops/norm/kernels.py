@@ -20,7 +20,7 @@ TILE = 2048
 PROGRAMS = 512
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _forward_kernel(
     x_ptr,
     z_ptr,
@@ -60,7 +60,7 @@ def _forward_kernel(
     tl.store(out_at, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _backward_kernel(
     dout_ptr,
     x_ptr,

@@ -62,7 +62,7 @@ def _store_state(ptr, dim, n, d, m, mask):
     tl.store(ptr + 2 * dim, m, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "tokens"])
 def _forward_kernel(
     k_ptr,
     v_ptr,
@@ -150,7 +150,7 @@ def _forward_kernel(
     _store_state(final_ptr + pid_s * 3 * dim + offs, dim, n, d, m * LN_2, mask_d)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "tokens"])
 def _backward_kernel(
     g_ptr,  # gradient of y
     k_ptr,
