@@ -146,6 +146,16 @@ def one_prepared(inputs: Inputs, scan: Callable[..., Tensor]) -> Prepared:
     return Prepared(lambda: scan(*given, D=t["D"], dt_bias=t["dt_bias"], **options), t)
 
 
+def transformers_one(op: Op, inputs: Inputs) -> Prepared:
+    """Mamba-2's scan in PyTorch."""
+    if inputs.cu_seqlens is not None:
+        raise Skip("has no packed sequences")
+    if inputs.tensors["x"].is_cuda:
+        raise Skip("may run the kernels of mamba_ssm on a GPU")
+    name = "transformers.models.mamba2.modeling_mamba2"
+    return one_prepared(inputs, attribute(name, "mamba2_chunk_scan"))
+
+
 def mamba_ssm_both(op: Op, inputs: Inputs) -> Prepared:
     """Both directions as one batch, moved by one token, as in Hydra's block."""
     need_cuda(inputs)
@@ -196,6 +206,10 @@ GATED_OPS: tuple[Op, ...] = (
     Op("bidirectional_ssd", _make_both, _run_both, _exact_both, _work_both, directions=2),
 )
 GATED_PEERS: dict[str, tuple[Peer, ...]] = {
-    "ssd": (Peer("mamba_ssm", "mamba_ssm", mamba_ssm_one), Peer("fla", "fla_core", fla)),
+    "ssd": (
+        Peer("mamba_ssm", "mamba_ssm", mamba_ssm_one),
+        Peer("fla", "fla_core", fla),
+        Peer("transformers", "transformers", transformers_one),
+    ),
     "bidirectional_ssd": (Peer("mamba_ssm", "mamba_ssm", mamba_ssm_both),),
 }
