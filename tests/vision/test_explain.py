@@ -192,7 +192,9 @@ def test_pictures_are_written(tmp_path, monkeypatch, capsys):
     model = timm.create_model("vim_tiny_patch16_224", **arguments)
     model.pretrained_cfg["input_size"] = (3, 64, 64)
     save_model(model, tmp_path / "model", arguments)
-    options = f"--model local-dir:{tmp_path / 'model'} --images {folder} --target 1"
+    names = [f"local-dir:{tmp_path / 'model'}", f"local-dir:{tmp_path / 'other'}"]
+    save_model(model, tmp_path / "other", arguments)
+    options = f"--model {' '.join(names)} --images {folder} --target 1"
     options += f" --output-dir {tmp_path / 'out'}"
     monkeypatch.setattr(sys, "argv", ["explain", *options.split()])
     explain.main()
@@ -200,9 +202,12 @@ def test_pictures_are_written(tmp_path, monkeypatch, capsys):
     assert json.loads((tmp_path / "out" / "predictions.json").read_text()) == shown["images"]
     assert len(shown["images"]) == 2
     for found in shown["images"].values():
-        assert found["target"] == 1
+        assert [said["target"] for said in found["models"].values()] == [1, 1]
+        assert 0.5 <= found["models"][names[0]]["probability"] <= 1
         with Image.open(found["picture"]) as picture:
-            assert picture.size == (832, 442)
+            # the image and two maps
+            assert picture.size == (1248, 442)
+            assert len(picture.convert("RGB").getcolors(10**6) or []) > 20
     with Image.open(shown["receptive_field"]) as picture:
         assert len(picture.convert("RGB").getcolors(10**6) or []) > 20
 
@@ -220,4 +225,14 @@ def test_what_cannot_be_explained(tmp_path):
     with pytest.raises(ValueError, match="model must have one token per patch and num_prefix"):
         explain._places(broken, image, torch.zeros(1, 17, 32))
     with pytest.raises(ValueError, match="images must name at least one image"):
-        explain.explain(Config("test_vim", (tmp_path,), pretrained=False))
+        explain.explain(Config(("test_vim",), (tmp_path,), pretrained=False))
+    Image.new("RGB", (20, 30)).save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="model must name at least one model, got none"):
+        explain.explain(Config((), (tmp_path,)))
+
+
+def test_labels():
+    """Names as they are, runs by their folder."""
+    assert explain._label("vim_tiny_patch16_224") == "vim_tiny_patch16_224"
+    assert explain._label("local-dir:runs/fine/model") == "fine"
+    assert explain._label("hf-hub:somebody/vim") == "vim"

@@ -43,6 +43,7 @@ from torch import Tensor, nn
 from .block import MixerBlock
 from .data import DataConfig, eval_transform
 from .embed import class_rows, split_tokens
+from .pictures import Panel, draw_fields, draw_maps
 
 Form = Literal["attention", "gradient"]
 _ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -52,14 +53,16 @@ _ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 class Config:
     """Settings of one run."""
 
-    model: str
-    """Any model of timm whose mixers have a matrix, `local-dir:` and `hf-hub:` included."""
+    model: tuple[str, ...]
+    """Any models of timm whose mixers have a matrix, `local-dir:` and `hf-hub:` included; several
+    are drawn beside one another."""
     images: tuple[Path, ...]
     """Image files, and folders of them."""
     pretrained: bool = True
     """Load the model's weights; without, it is as drawn."""
     output_dir: Path = Path("runs/explain")
-    """Folder for the pictures: `<image>.png`, `receptive_field.png`, and `predictions.json`."""
+    """Folder for the pictures: `000-<image>.png`, ..., `receptive_field.png`, and
+    `predictions.json`."""
     form: Form = "gradient"
     """`attention` for what was read, `gradient` for what of it spoke for the class."""
     target: int = -1
@@ -252,52 +255,81 @@ def effective_receptive_field(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def explain(config: Config) -> dict[str, Any]:
-    """Draw every image with its heat map, and the receptive field.
+    """Draw every image with its heat maps, and the receptive fields.
 
     Returns:
-        `images`: by file, its `picture`, the predicted `class`, its `probability`, and the
-        explained `target`; `receptive_field`: the picture's path, or None.
+        `images`: by file, its `picture`, and for every model the predicted `class`, its
+        `probability`, and the explained `target`; `receptive_field`: the picture's path, or None.
 
     Raises:
-        ValueError: there are no images.
+        ValueError: there are no images, or no models.
     """
-    model = timm.create_model(config.model, pretrained=config.pretrained).eval()
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    model = model.to(device or "cpu")
     files = _image_files(config.images)
+    if not config.model:
+        raise ValueError("model must name at least one model, got none")
+    found: dict[str, Any] = {}
+    panels: list[list[Panel]] = [[] for _ in files]
+    fields: list[tuple[str, Tensor]] = []
+    for name in config.model:
+        label = _label(name)
+        seen, field = _explain_one(name, files, config)
+        for file, panel, row in zip(files, seen, panels, strict=True):
+            row.append(panel)
+            found.setdefault(str(file), {"models": {}})["models"][name] = panel.said
+        if field is not None:
+            fields.append((label, field))
+    config.output_dir.mkdir(parents=True, exist_ok=True)
+    for number, (file, row) in enumerate(zip(files, panels, strict=True)):
+        # folders may hold files of the same name
+        path = config.output_dir / f"{number:03d}-{file.stem}.png"
+        found[str(file)]["picture"] = str(path)
+        draw_maps(path, row)
+    path = None
+    if fields:
+        path = config.output_dir / "receptive_field.png"
+        draw_fields(path, fields)
+    (config.output_dir / "predictions.json").write_text(
+        json.dumps(found, indent=1), encoding="utf-8"
+    )
+    return {"images": found, "receptive_field": None if path is None else str(path)}
+
+
+def _explain_one(
+    name: str, files: Sequence[Path], config: Config
+) -> tuple[list[Panel], Tensor | None]:
+    """One model: every image's panel, and the mean of their receptive fields."""
+    model = timm.create_model(name, pretrained=config.pretrained).eval()
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    device = device or torch.device("cpu")
+    model = model.to(device)
     data = resolve_data_config({}, model=model)
     data = {**data, "input_size": (getattr(model, "in_chans", 3), *data["input_size"][1:])}
     prepare = eval_transform(DataConfig(), data)
-    mean, std = (torch.tensor(data[name]).view(-1, 1, 1) for name in ("mean", "std"))
-    found: dict[str, Any] = {}
-    field: Tensor | None = None
-    for number, file in enumerate(files):
+    mean, std = (torch.tensor(data[key]).view(-1, 1, 1) for key in ("mean", "std"))
+    panels, field = [], None
+    for file in files:
         with Image.open(file) as picture:
-            image = prepare(picture).to(device or "cpu")
-        target = torch.tensor([config.target], device=image.device) if config.target >= 0 else None
+            image = prepare(picture).to(device)
+        target = torch.tensor([config.target], device=device) if config.target >= 0 else None
         maps, scores = heat_map(model, image.unsqueeze(0), config.form, target)
         guess = int(scores.argmax(1))
-        # folders may hold files of the same name
-        name = f"{number:03d}-{file.stem}.png"
-        found[str(file)] = {
-            "picture": str(config.output_dir / name),
+        said = {
             "class": guess,
             "probability": round(float(scores.softmax(1)[0, guess]), 4),
             "target": guess if target is None else config.target,
         }
         shown = (image.cpu() * std + mean).clamp(0, 1)
-        _draw_map(config.output_dir / name, shown, maps[0].cpu(), found[str(file)])
+        panels.append(Panel(_label(name), shown, maps[0].cpu(), said))
         if config.receptive_field:
             one = effective_receptive_field(model, image.unsqueeze(0)).cpu()
             field = one if field is None else field + one
-    path = None
-    if field is not None:
-        path = config.output_dir / "receptive_field.png"
-        _draw_field(path, field / field.max())
-    (config.output_dir / "predictions.json").write_text(
-        json.dumps(found, indent=1), encoding="utf-8"
-    )
-    return {"images": found, "receptive_field": None if path is None else str(path)}
+    return panels, None if field is None else field / field.max()
+
+
+def _label(name: str) -> str:
+    """What a picture calls a model: the name, or the run's folder."""
+    parts = [part for part in name.partition(":")[2].split("/") if part not in ("", "model")]
+    return parts[-1] if parts else name
 
 
 def _image_files(paths: Sequence[Path]) -> list[Path]:
@@ -308,37 +340,6 @@ def _image_files(paths: Sequence[Path]) -> list[Path]:
     if not files:
         raise ValueError(f"images must name at least one image, got {list(map(str, paths))}")
     return files
-
-
-def _draw_map(path: Path, image: Tensor, heat: Tensor, found: dict[str, Any]) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.4, 3.4), layout="constrained", dpi=130)
-    left, right = figure.subplots(1, 2)
-    pixels = image.permute(1, 2, 0).expand(-1, -1, 3).numpy()
-    left.imshow(pixels)
-    right.imshow(pixels, alpha=0.45)
-    right.imshow(heat.numpy(), cmap="inferno", vmin=0, vmax=1, alpha=0.6)
-    left.set_title(f"class {found['class']}, {100 * found['probability']:.1f} %", fontsize=9)
-    right.set_title(f"used for class {found['target']}", fontsize=9)
-    for axes in (left, right):
-        axes.set_axis_off()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-
-
-def _draw_field(path: Path, field: Tensor) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(3.8, 3.4), layout="constrained", dpi=130)
-    axes = figure.subplots()
-    # gradients span several powers of ten
-    shown = axes.imshow(field.clamp(min=1e-4).log10().numpy(), cmap="viridis", vmin=-4, vmax=0)
-    figure.colorbar(shown, ax=axes, label="log10, largest 1")
-    axes.set_title("effective receptive field", fontsize=9)
-    axes.set_axis_off()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
 
 
 def main() -> None:
