@@ -52,15 +52,18 @@ def family_of(kernel: str, operator: str = "") -> str:
 
     Our own scans and convolutions are told apart by their operators, as their kernels share names.
     """
-    if operator.startswith("scanweave::"):
+    own = operator.removeprefix("scanweave::")
+    if "_project_kernel" in kernel:
+        return "convolution with projections"
+    if own != operator:
         for family, pattern in _OPERATORS:
-            if re.search(pattern, operator):
+            if re.search(pattern, own):
                 return family
     for family, pattern in _KERNELS:
         if re.search(pattern, kernel):
             return family
     for family, pattern in _OPERATORS:
-        if re.search(pattern, operator):
+        if re.search(pattern, own):
             return family
     return "elementwise"
 
