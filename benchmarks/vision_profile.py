@@ -20,13 +20,13 @@ _KERNELS = (
     ("attention", r"flash|fmha|attention|softmax"),
     ("copies", r"^Memcpy|^Memset|copy|[Cc]at[AB_]|Cat|transpose|nchwToNhwc|nhwcToNchw"),
     ("conv", r"conv|fprop|dgrad|wgrad|im2col"),
-    ("norm", r"norm|Norm"),
+    ("norm", r"[Nn]orm"),
     ("scan", r"selective|ssm_|cross_|walk|scan|ssd|mix_kernel|pair"),
 )
 _OPERATORS = (
     ("scan", r"scan|ssd|SelectiveScan|MambaInner|Cross"),
     ("conv", r"short_conv|causal_conv1d|convolution|_conv"),
-    ("norm", r"norm|LayerNorm"),
+    ("norm", r"[Nn]orm"),
     ("attention", r"attention|softmax"),
     ("matmul", r"aten::(mm|addmm|bmm|baddbmm|linear|matmul|addmv)$"),
     ("copies", r"aten::(copy_|_to_copy|to|clone|contiguous|cat|fill_|zero_|flip|zeros)$"),
