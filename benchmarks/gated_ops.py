@@ -1,4 +1,7 @@
-"""The matrix-state scan as it is measured, and its peers: Mamba-2's scan, and Hydra's both ways.
+"""The matrix-state scan as it is measured, and its peers.
+
+Mamba-2's scan and Hydra's both ways have one decay a head; gated linear attention (GLA) has one a
+key channel, and so has RWKV-6, which reads before it writes and has a bonus.
 
 mamba_ssm   state-spaces/mamba: Triton kernels of SSD; both directions as one batch, as Hydra's
             own code does, flips, concatenation and the shift in its time
@@ -7,7 +10,7 @@ fla         fla-org/flash-linear-attention: the same recurrence as gated linear 
 
 Functions of core are imported when they run: with `--against`, core may be older than they are.
 
-Letters: B batch, L length, H heads, P channels of a head, D = H P, N state.
+Letters: B batch, L length, H heads, P channels of a head, D = H P, N state; K = N, V = P.
 """
 
 from collections.abc import Callable
@@ -98,6 +101,53 @@ def _exact_one(inputs: Inputs, dout: Tensor) -> Exact:
 
 def _exact_both(inputs: Inputs, dout: Tensor) -> Exact:
     return _grads(inputs, _run_both(inputs), dout)
+
+
+def _make_attention(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
+    """Decays as GLA has them when training starts, memories of 20 steps and more."""
+    draw, heads = Draw(dtype, device), shape.dim // shape.head
+    keys = (shape.batch, shape.length, heads, shape.state)
+    tensors = {
+        "v": draw(*keys[:3], shape.head),
+        "q": (draw(*keys) * shape.state**-0.5).to(dtype),
+        "k": draw(*keys),
+        "g": (F.logsigmoid(draw(*keys).float()) / 16).to(dtype),
+    }
+    cu_seqlens = None
+    if shape.is_packed:
+        cu_seqlens = torch.tensor(shape.ends(), dtype=torch.int32, device=device)
+    return Inputs(shape, {k: v.requires_grad_() for k, v in tensors.items()}, cu_seqlens)
+
+
+def _make_rwkv(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
+    """From a channel that keeps 400 steps to one that keeps 3."""
+    inputs = _make_attention(shape, dtype, device)
+    t, heads = inputs.tensors, shape.dim // shape.head
+    spread = torch.linspace(-6, -1, shape.state, device=device)
+    t["g"] = (-torch.exp(spread + 0.3 * t["k"].detach().float())).to(dtype).requires_grad_()
+    t["bonus"] = Draw(dtype, device)(heads, shape.state, dtype=torch.float32).requires_grad_()
+    return inputs
+
+
+def _run_attention(inputs: Inputs) -> Tensor:
+    from scanweave.core import gated_linear_attention
+
+    t = inputs.tensors
+    attention: Callable[..., Any] = gated_linear_attention
+    options = {"scale": 1.0, "bonus": t.get("bonus"), "cu_seqlens": inputs.cu_seqlens}
+    return attention(t["q"], t["k"], t["v"], t["g"], **options)
+
+
+def _exact_attention(inputs: Inputs, dout: Tensor) -> Exact:
+    return _grads(inputs, _run_attention(inputs), dout)
+
+
+def _attention_work(shape: Shape, dtype: torch.dtype) -> tuple[Work, Work]:
+    tokens, heads = shape.batch * shape.length, shape.dim // shape.head
+    keys, values = (tokens * heads * n * dtype.itemsize for n in (shape.state, shape.head))
+    exponentials = tokens * heads * shape.state
+    # q, k, g, v, out; then those but out, dout, and four gradients
+    return Work(3 * keys + 2 * values, exponentials), Work(6 * keys + 3 * values, exponentials)
 
 
 def _work(shape: Shape, dtype: torch.dtype, directions: int) -> tuple[Work, Work]:
@@ -201,9 +251,34 @@ def attention_prepared(inputs: Inputs, attention: Callable[..., tuple[Tensor, An
     return Prepared(call, t)
 
 
+def fla_attention(op: Op, inputs: Inputs) -> Prepared:
+    """GLA's chunks."""
+    need_cuda(inputs)
+    return decays_prepared(inputs, attribute("fla.ops.gla", "chunk_gla"))
+
+
+def fla_rwkv(op: Op, inputs: Inputs) -> Prepared:
+    """RWKV-6's chunks."""
+    need_cuda(inputs)
+    return decays_prepared(inputs, attribute("fla.ops.rwkv6", "chunk_rwkv6"))
+
+
+def decays_prepared(inputs: Inputs, attention: Callable[..., tuple[Tensor, Any]]) -> Prepared:
+    """Linear attention `attention(q, k, v, g, [bonus,] scale=, cu_seqlens=)`, a decay a channel."""
+    t = _leaves(inputs)
+    given = [t[name] for name in ("q", "k", "v", "g", "bonus") if name in t]
+    cu_seqlens = None if inputs.cu_seqlens is None else inputs.cu_seqlens.long()
+    return Prepared(lambda: attention(*given, scale=1.0, cu_seqlens=cu_seqlens)[0], t)
+
+
 GATED_OPS: tuple[Op, ...] = (
     Op("ssd", _make_one, _run_one, _exact_one, _work_one),
     Op("bidirectional_ssd", _make_both, _run_both, _exact_both, _work_both, directions=2),
+    Op(
+        "gated_linear_attention",
+        *(_make_attention, _run_attention, _exact_attention, _attention_work),
+    ),
+    Op("rwkv6", _make_rwkv, _run_attention, _exact_attention, _attention_work),
 )
 GATED_PEERS: dict[str, tuple[Peer, ...]] = {
     "ssd": (
@@ -212,4 +287,6 @@ GATED_PEERS: dict[str, tuple[Peer, ...]] = {
         Peer("transformers", "transformers", transformers_one),
     ),
     "bidirectional_ssd": (Peer("mamba_ssm", "mamba_ssm", mamba_ssm_both),),
+    "gated_linear_attention": (Peer("fla", "fla_core", fla_attention),),
+    "rwkv6": (Peer("fla", "fla_core", fla_rwkv),),
 }

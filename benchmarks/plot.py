@@ -25,6 +25,8 @@ SHORT = {
     "causal_conv1d": "convolution",
     "ssd": "SSD",
     "bidirectional_ssd": "SSD, both directions",
+    "gated_linear_attention": "Gated linear attention",
+    "rwkv6": "RWKV-6",
     "rms_norm_gated": "gated norm",
     "linear_scan": "linear scan",
 }

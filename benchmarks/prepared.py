@@ -67,7 +67,7 @@ def attribute(module: str, name: str) -> Any:
 
 def need_cuda(inputs: Inputs) -> None:
     """Skip unless the inputs are on a GPU."""
-    if not inputs.tensors["x"].is_cuda:
+    if not next(iter(inputs.tensors.values())).is_cuda:
         raise Skip("needs CUDA")
 
 

@@ -98,6 +98,10 @@ SSD_LM = Shape("lm", 8, 4096, 2048, state=128, gate=False, head=64)
 SSD_VIM = Shape("vim_s", 128, 197, 1536, state=64, gate=False, head=64)
 SSD_GRAPH = replace(GRAPH, state=64, gate=False, head=64)
 SSD_RL = Shape("rl", 64, 60, 512, state=64, gate=False, head=64, small=True)
+# GLA, whose states are square, and RWKV-6, both of 2048 channels
+GLA_LM = replace(SSD_LM, head=128)
+GLA_LM_CPU = Shape("lm_b1", 1, 512, 256, state=64, gate=False, head=64)
+RWKV_LM = replace(SSD_LM, state=64)
 SSD_LM_CPU = Shape("lm_b1", 1, 1024, 512, state=64, gate=False, head=64)
 SSD_VIM_CPU = Shape("vim_b2", 2, 197, 384, state=64, gate=False, head=64)
 
@@ -131,6 +135,8 @@ SHAPES: dict[str, dict[str, tuple[Shape, ...]]] = {
     "selective_scan_step": {"cuda": STEPS, "cpu": STEPS[:3:2]},
     "ssd": {"cuda": (SSD_LM, SSD_GRAPH, SSD_RL), "cpu": (SSD_LM_CPU, SSD_RL)},
     "bidirectional_ssd": {"cuda": (SSD_VIM, SSD_GRAPH), "cpu": (SSD_VIM_CPU,)},
+    "gated_linear_attention": {"cuda": (GLA_LM, SSD_GRAPH, SSD_RL), "cpu": (GLA_LM_CPU,)},
+    "rwkv6": {"cuda": (RWKV_LM, SSD_RL), "cpu": (GLA_LM_CPU,)},
     "linear_scan": {"cuda": _stateless(LM, LONG_1024, GRAPH), "cpu": _stateless(LM_CPU)},
     "linear_scan_constant": {
         "cuda": _stateless(LM, LONG_1024, GRAPH, RL),

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from benchmarks import plot, run, timing
 from benchmarks.check import errors, exact, output_gradient, require
-from benchmarks.gated_ops import attention_prepared, both_prepared, one_prepared
+from benchmarks.gated_ops import attention_prepared, both_prepared, decays_prepared, one_prepared
 from benchmarks.ops import OPS
 from benchmarks.path_peers import path_prepared
 from benchmarks.paths import along, natural, spread
@@ -179,6 +179,39 @@ def test_mamba2s_layouts_give_our_results(packed: bool):
         inputs = OPS["bidirectional_ssd"].make(shape, torch.float32, CPU)
         with pytest.raises(Skip, match="has no packed sequences"):
             both_prepared(inputs, mamba2_scan)
+
+
+def linear_attention_of_channels(q: Tensor, k: Tensor, *rest: Tensor, **options: Any) -> tuple:
+    from scanweave.core import gated_linear_attention
+
+    v, g, *bonus = rest
+    cu_seqlens = options.pop("cu_seqlens")
+    options["cu_seqlens"] = None if cu_seqlens is None else cu_seqlens.int()
+    out = gated_linear_attention(q, k, v, g, bonus=bonus[0] if bonus else None, **options)
+    return out, None
+
+
+@pytest.mark.parametrize("name", ["gated_linear_attention", "rwkv6"])
+def test_attentions_arguments_give_our_results(name: str):
+    for packed in (False, True) if name == "gated_linear_attention" else (False,):
+        shape = Shape("s", 1 if packed else 2, 21, 8, state=3, head=4, packed=(2, 9 * packed))
+        op = OPS[name]
+        inputs = op.make(shape, torch.float32, CPU)
+        assert ("bonus" in inputs.tensors) == (name == "rwkv6")
+        dout = output_gradient(op, inputs)
+        peer = decays_prepared(inputs, linear_attention_of_channels)
+        require(errors(exact(op, inputs, dout), peer, dout), torch.float32)
+
+
+def test_work_of_gated_linear_attention():
+    """At GLA's size: five tensors of 134 MB, and a decay for every key."""
+    op = OPS["gated_linear_attention"]
+    assert op.work is not None
+    (shape,) = (s for s in SHAPES["gated_linear_attention"]["cuda"] if s.name == "lm")
+    forward, backward = op.work(shape, torch.bfloat16)
+    tensor = 8 * 4096 * 2048
+    assert (forward.bytes, backward.bytes) == (5 * 2 * tensor, 9 * 2 * tensor)
+    assert forward.exponentials == tensor
 
 
 def test_work_of_mamba2():

@@ -102,7 +102,10 @@ def compiled_as(launch: compiled_code.Launch) -> tuple[object, ...]:
     return tuple(kinds)
 
 
-@pytest.mark.parametrize("op", ["selective_scan", "causal_conv1d", "linear_scan", "wkv"])
+OPS_OF_ROWS = ["selective_scan", "causal_conv1d", "linear_scan", "wkv", "gated_linear_attention"]
+
+
+@pytest.mark.parametrize("op", OPS_OF_ROWS)
 def test_packed_rows_of_all_lengths_share_kernels(op: str):
     """A batch of graphs has another number of nodes every time."""
     (shape,) = (s for s in SHAPES[op]["cuda"] if s.name == "graph")

@@ -78,7 +78,7 @@ def _weights_and_carried(
     return weights, carried
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks", "length", "rows"])
 def _vector_mix_kernel(
     read0_ptr,  # q', or k' going back: (H, B L, K)
     written0_ptr,

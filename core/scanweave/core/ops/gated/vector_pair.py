@@ -38,7 +38,7 @@ def _load_rows(x_ptr, token, valid, offs_k, stride_xl, KEYS: tl.constexpr):
     return tl.load(at, mask=mask, other=0.0).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks", "length", "rows"])
 def _vector_pair_kernel(
     dout_ptr,
     v_ptr,

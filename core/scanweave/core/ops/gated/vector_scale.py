@@ -130,7 +130,7 @@ def exponents(
     return of_q, of_k
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks", "length", "rows"])
 def _vector_scale_kernel(
     q_ptr,
     k_ptr,

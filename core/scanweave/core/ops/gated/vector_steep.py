@@ -176,7 +176,7 @@ def _steep_chunk(
         tl.store(dg_ptr + dg_at, dg.to(dg_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks", "length"])
 def _vector_steep_kernel(
     steep_ptr,
     q_ptr,

@@ -20,7 +20,7 @@ from .kernels import Frame, Precision, dot, plan_of, strides
 from .vector_scale import Vector
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "chunks", "rows"])
 def _vector_walk_kernel(
     x_ptr,  # k', or q' going back: (H, B L, K)
     v_ptr,  # v, or dout
