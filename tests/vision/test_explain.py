@@ -206,7 +206,7 @@ def test_pictures_are_written(tmp_path, monkeypatch, capsys):
         assert 0.5 <= found["models"][names[0]]["probability"] <= 1
         with Image.open(found["picture"]) as picture:
             # the image and two maps
-            assert picture.size == (1248, 442)
+            assert picture.size == (1248, 481)
             assert len(picture.convert("RGB").getcolors(10**6) or []) > 20
     with Image.open(shown["receptive_field"]) as picture:
         assert len(picture.convert("RGB").getcolors(10**6) or []) > 20

@@ -35,7 +35,8 @@ def draw_maps(path: Path, panels: Sequence[Panel]) -> None:
     from matplotlib.figure import Figure
 
     count = len(panels) + 1
-    figure = Figure(figsize=(3.2 * count, 3.4), layout="constrained", dpi=130)
+    # two lines of title fit above square panels
+    figure = Figure(figsize=(3.2 * count, 3.7), layout="constrained", dpi=130)
     first, *others = figure.subplots(1, count)
     first.imshow(_pixels(panels[0].image))
     first.set_title("image", fontsize=9)
@@ -65,7 +66,7 @@ def draw_fields(path: Path, fields: Sequence[tuple[str, Tensor]]) -> None:
     from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(3.2 * len(fields) + 0.6, 3.4), layout="constrained", dpi=130)
+    figure = Figure(figsize=(3.2 * len(fields) + 0.9, 3.5), layout="constrained", dpi=130)
     row = figure.subplots(1, len(fields), squeeze=False)[0]
     for axes, (label, field) in zip(row, fields, strict=True):
         # gradients span several powers of ten
