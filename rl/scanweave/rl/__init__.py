@@ -8,8 +8,10 @@ measuring   evaluate_agent
 
 from .agent import Agent, AgentConfig, default_targets
 from .cloning import BehaviourCloning
+from .columns import episodes_from_columns
 from .controllers import CONTROLLERS, Controller
 from .d4rl import load_d4rl, save_d4rl
+from .d4rl_files import D4RL_IDS, find_d4rl
 from .data import (
     Episode,
     TrajectoryWindows,
@@ -25,9 +27,12 @@ from .model import DecisionMamba
 from .official import load_official
 from .record import record_episodes
 from .rollout import Spaces, make_envs, play, read_spaces
+from .scores import normalized_score, reference_returns
+from .sources import load_episodes
 
 __all__ = [
     "CONTROLLERS",
+    "D4RL_IDS",
     "Agent",
     "AgentConfig",
     "BehaviourCloning",
@@ -40,15 +45,20 @@ __all__ = [
     "TrajectoryWindows",
     "clip_actions",
     "default_targets",
+    "episodes_from_columns",
     "episodes_from_trajectories",
     "evaluate_agent",
+    "find_d4rl",
     "keep_batch",
     "load_d4rl",
+    "load_episodes",
     "load_official",
     "make_envs",
+    "normalized_score",
     "play",
     "read_spaces",
     "record_episodes",
+    "reference_returns",
     "return_statistics",
     "save_d4rl",
     "state_statistics",

@@ -3,7 +3,7 @@
 One flat array per key over all N transitions; an episode ends where `terminals` or `timeouts`
 is set. Neither the `d4rl` package nor an environment is needed.
 
-    load_d4rl   file -> episodes
+    load_d4rl   file or id -> episodes
     save_d4rl   episodes -> file, never over an existing one unless asked
 
 Letters: N transitions, S state channels, A action channels.
@@ -11,7 +11,6 @@ Source: Fu et al. 2020, arXiv 2004.07219; layout of the files of Farama D4RL 891
 """
 
 import os
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +18,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from .data import Episode, require_finite
+from .columns import KEYS, REQUIRED, episodes_from_columns
+from .d4rl_files import find_d4rl, is_d4rl_id, max_steps_of
+from .data import Episode
 
 if TYPE_CHECKING:
     import h5py
@@ -30,55 +31,41 @@ def load_d4rl(
     *,
     max_episode_steps: int | None = None,
     drop_short_truncated: int = 0,
+    download: bool = False,
 ) -> list[Episode]:
     """Read a D4RL HDF5 file and cut it into episodes.
 
-    Steps after the last episode end are dropped, with a warning that counts them.
-
     Args:
-        path: The file, with `observations` (N, S), `actions` (N, A) or (N,), `rewards` and
-            `terminals` (N,) or (N, 1), and if present `timeouts` and `next_observations`.
-            float64 is cast to float32, 0/1 flags to bool.
-        max_episode_steps: Cut after so many steps. Needed where the file has no `timeouts`
-            (MuJoCo v0 files), ignored otherwise.
-        drop_short_truncated: Drop episodes of fewer steps that a time limit cut: in replay
-            files these are artefacts of the recording, and their return is too low
-            (Farama D4RL issue 162). 0 keeps all. `meta["dropped"]` of every episode counts them.
+        path: A file, or the id of a D4RL data set (`hopper-medium-v2`), which is looked for in
+            `$D4RL_DATASET_DIR` and `~/.d4rl/datasets`.
+        max_episode_steps: See `episodes_from_columns`. Needed where the file has no `timeouts`
+            (MuJoCo v0 files); for an id it is known.
+        drop_short_truncated: See `episodes_from_columns`.
+        download: Fetch the file of an id that is not there (tens to hundreds of MB).
 
     Raises:
-        FileNotFoundError: no such file.
+        FileNotFoundError: no such file; for an id it says where it was looked for.
         ValueError: the file is no HDF5 file or truncated, or a key is absent, mis-shaped, not
             finite or not a flag; the message names file, key and row.
         ImportError: h5py is not installed.
     """
-    path = Path(path)
+    if is_d4rl_id(path):
+        name = str(path)
+        limit = max_steps_of(name) if max_episode_steps is None else max_episode_steps
+        path = find_d4rl(name, download=download)
+    else:
+        name, limit, path = Path(path).name, max_episode_steps, Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no D4RL file at {path}")
-    columns = _read(path)
-    count = len(columns["rewards"])
-    done = columns["terminals"].copy()
-    if "timeouts" in columns:
-        done |= columns["timeouts"]
-    elif max_episode_steps is None:
-        raise ValueError(
-            f"{path}: has no 'timeouts': give max_episode_steps, after which episodes are cut"
-        )
-    bounds = _episode_bounds(done, None if "timeouts" in columns else max_episode_steps)
-    if not bounds:
-        raise ValueError(f"{path}: key 'terminals': no episode ends within {count} steps")
-    tail = count - bounds[-1][1]
-    if tail:
-        warnings.warn(f"{path}: dropped the last {tail} steps, which end no episode", stacklevel=2)
-    episodes = [_episode(columns, start, end) for start, end in bounds]
-    kept = [e for e in episodes if e.terminated or len(e) >= drop_short_truncated]
-    if not kept:
-        raise ValueError(
-            f"{path}: drop_short_truncated must leave an episode, "
-            f"got {drop_short_truncated}, the longest has {max(map(len, episodes))} steps"
-        )
-    for episode in kept:
-        episode.meta.update(source=path.name, dropped=len(episodes) - len(kept))
-    return kept
+    episodes = episodes_from_columns(
+        _read(path),
+        source=str(path),
+        max_episode_steps=limit,
+        drop_short_truncated=drop_short_truncated,
+    )
+    for episode in episodes:
+        episode.meta["source"] = name
+    return episodes
 
 
 def save_d4rl(
@@ -122,107 +109,27 @@ def save_d4rl(
 
 
 def _read(path: Path) -> dict[str, NDArray]:
-    """Every column that episodes need, checked and cast."""
+    """Every column that episodes are made of."""
     h5py = _h5py()
     try:
         file = h5py.File(path, "r")
     except OSError as error:
         raise ValueError(f"{path}: must be a complete HDF5 file: {error}") from error
     with file:
-        columns = {
-            key: _read_key(file, path, key)
-            for key in ("observations", "actions", "rewards", "terminals")
-        }
-        for key in ("timeouts", "next_observations"):
-            if key in file:
-                columns[key] = _read_key(file, path, key)
-    count = len(columns["observations"])
-    for key, array in columns.items():
-        if key in ("rewards", "terminals", "timeouts"):
-            array = _flat(path, key, array)
-        if len(array) != count:
-            raise ValueError(
-                f"{path}: key {key!r} must have one row per observation ({count}), got {len(array)}"
-            )
-        try:
-            require_finite(f"key {key!r}", array)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
-        columns[key] = _flags(path, key, array) if key in ("terminals", "timeouts") else array
-    following = columns.get("next_observations")
-    if following is not None and following.shape != columns["observations"].shape:
-        raise ValueError(
-            f"{path}: key 'next_observations' must be shaped as observations "
-            f"{columns['observations'].shape}, got {following.shape}"
-        )
-    return columns
+        for key in REQUIRED:
+            if key not in file:
+                raise ValueError(f"{path}: must have key {key!r}, got {sorted(file.keys())}")
+        return {key: _read_key(file, path, key) for key in KEYS if key in file}
 
 
 def _read_key(file: "h5py.File", path: Path, key: str) -> NDArray:
-    if key not in file:
-        raise ValueError(f"{path}: must have key {key!r}, got {sorted(file.keys())}")
     node = file[key]
     if not isinstance(node, _h5py().Dataset) or node.ndim == 0:
         raise ValueError(f"{path}: key {key!r} must be an array, got {node}")
-    if node.dtype.kind not in "biuf":
-        raise ValueError(f"{path}: key {key!r} must hold numbers, got dtype {node.dtype}")
     try:
-        array = node[:]
+        return node[:]
     except OSError as error:
         raise ValueError(f"{path}: key {key!r} cannot be read: {error}") from error
-    if key in ("observations", "actions", "next_observations") and array.dtype.kind == "f":
-        array = array.astype(np.float32)
-    if key in ("observations", "next_observations") and array.ndim < 2:
-        raise ValueError(f"{path}: key {key!r} must be (N, ...), got {array.shape}")
-    return array
-
-
-def _flat(path: Path, key: str, array: NDArray) -> NDArray:
-    if array.ndim == 2 and array.shape[1] == 1:
-        return array[:, 0]
-    if array.ndim != 1:
-        raise ValueError(f"{path}: key {key!r} must be (N,) or (N, 1), got {array.shape}")
-    return array
-
-
-def _flags(path: Path, key: str, array: NDArray) -> NDArray:
-    bad = (array != 0) & (array != 1)
-    if bad.any():
-        row = int(bad.argmax())
-        raise ValueError(f"{path}: key {key!r} must hold 0 or 1, got {array[row]} at row {row}")
-    return array.astype(bool)
-
-
-def _episode_bounds(done: NDArray, max_episode_steps: int | None) -> list[tuple[int, int]]:
-    """(start, end) of every closed episode."""
-    ends = np.flatnonzero(done) + 1
-    if max_episode_steps is None:
-        starts = np.concatenate([[0], ends[:-1]]).astype(int)
-        return list(zip(starts.tolist(), ends.tolist(), strict=True)) if len(ends) else []
-    if max_episode_steps < 1:
-        raise ValueError(f"max_episode_steps must be at least 1, got {max_episode_steps}")
-    bounds, start = [], 0
-    for end in [*ends.tolist(), len(done)]:
-        while end - start >= max_episode_steps:
-            bounds.append((start, start + max_episode_steps))
-            start += max_episode_steps
-        if end > start and done[end - 1]:
-            bounds.append((start, end))
-            start = end
-    return bounds
-
-
-def _episode(columns: dict[str, NDArray], start: int, end: int) -> Episode:
-    terminated = bool(columns["terminals"][end - 1])
-    following = columns.get("next_observations")
-    return Episode(
-        states=columns["observations"][start:end],
-        actions=columns["actions"][start:end],
-        rewards=columns["rewards"][start:end],
-        terminated=terminated,
-        truncated=not terminated,
-        final_state=None if following is None else following[end - 1],
-    )
 
 
 def _end_flag(length: int, value: bool) -> NDArray:

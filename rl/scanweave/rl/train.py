@@ -14,6 +14,7 @@ controller without flaws earns -155.
     Config        settings
     load_data     settings -> episodes and spaces
     make_loader   episodes -> DataLoader of windows
+    build_model   settings and spaces -> untrained model
     fit           train one agent
     train         data, agent, baselines, evaluation: what `main` runs
 """
@@ -41,13 +42,13 @@ from scanweave.core.training import (
 from .acting import Policy
 from .agent import Agent
 from .cloning import BehaviourCloning
-from .d4rl import load_d4rl
 from .data import Episode, TrajectoryWindows, clip_actions, keep_batch, top_episodes
 from .evaluate import Evaluation, evaluate_agent
 from .model import DecisionMamba
 from .plot import plot_targets
 from .record import record_episodes
 from .rollout import Spaces, make_envs, read_spaces
+from .sources import load_episodes
 
 
 def _train_defaults() -> TrainConfig:
@@ -70,10 +71,15 @@ class Config:
     env_id: str = "Pendulum-v1"
     """Gymnasium environment to evaluate in, and to record from where there is no `dataset`.
     Empty: no evaluation."""
-    dataset: Path | None = None
-    """HDF5 file in D4RL's layout."""
+    dataset: str = ""
+    """Recorded data: an HDF5 file in D4RL's layout or an .npz with the same keys, the id of a D4RL
+    data set, or `minari:<id>`; see `load_episodes`."""
+    download: bool = False
+    """Fetch a data set that is named by its id and not on this machine."""
     max_episode_steps: int = 0
-    """Length at which episodes are cut in a file without `timeouts`."""
+    """Length at which episodes are cut in data without `timeouts`."""
+    env_max_steps: int = 0
+    """Time limit to play under, where it is not the environment's own."""
     episodes: int = 300
     """Episodes to record."""
     noise: float = 0.75
@@ -131,14 +137,14 @@ def load_data(config: Config) -> tuple[list[Episode], Spaces]:
     Raises:
         ValueError: neither a data set nor an environment is named, or they do not fit.
     """
-    if config.dataset is None and not config.env_id:
+    if not config.dataset and not config.env_id:
         raise ValueError("env_id must be given without a dataset, got neither")
     spaces = None
     if config.env_id:
-        envs = make_envs(config.env_id, 1)
+        envs = make_envs(config.env_id, 1, env_kwargs=_env_kwargs(config))
         spaces = read_spaces(envs.single_observation_space, envs.single_action_space)
         envs.close()
-    if config.dataset is None:
+    if not config.dataset:
         episodes = record_episodes(
             config.env_id,
             config.episodes,
@@ -148,7 +154,9 @@ def load_data(config: Config) -> tuple[list[Episode], Spaces]:
         )
     else:
         limit = config.max_episode_steps or None
-        episodes = load_d4rl(config.dataset, max_episode_steps=limit)
+        episodes = load_episodes(
+            str(config.dataset), max_episode_steps=limit, download=config.download
+        )
     found = _spaces_of(episodes)
     spaces = spaces or found
     # a choice that the data never makes is still one of the environment's
@@ -207,12 +215,17 @@ def fit(
         pad_mode=config.pad_mode,
         env_id=config.env_id,
     )
-    if config.dataset is not None:
-        agent.config.data["source"] = config.dataset.name
+    if config.dataset:
+        agent.config.data["source"] = str(episodes[0].meta.get("source", config.dataset))
 
     def measure(model: nn.Module) -> Evaluation:
         assert isinstance(model, Agent)
-        return evaluate_agent(model, episodes=config.eval_episodes, seed=config.eval_seed)
+        return evaluate_agent(
+            model,
+            episodes=config.eval_episodes,
+            seed=config.eval_seed,
+            env_kwargs=_env_kwargs(config),
+        )
 
     def metrics(model: nn.Module) -> dict[str, float]:
         evaluation = measure(model)
@@ -232,6 +245,27 @@ def fit(
     return agent, result, measure(agent) if config.env_id else None
 
 
+def build_model(config: Config, spaces: Spaces) -> DecisionMamba:
+    """The untrained model of these settings."""
+    info = mixer_info(config.mixer)
+    takes_d_state = info.recurrent and info.primitive != "causal_conv1d"
+    return DecisionMamba(
+        spaces.state_dim,
+        spaces.act_dim,
+        config.hidden_size,
+        config.n_layer,
+        config.context,
+        config.max_ep_len,
+        mixer=config.mixer,
+        mixer_kwargs={"d_state": config.d_state} if takes_d_state else None,
+        dropout=config.dropout,
+        remove_act_embs=config.remove_act_embs,
+        timestep_embedding=config.timestep_embedding,
+        discrete=spaces.discrete,
+        init=config.init,
+    )
+
+
 def train(config: Config) -> dict[str, Any]:
     """Load or record, train agent and baselines, evaluate, write everything.
 
@@ -242,22 +276,7 @@ def train(config: Config) -> dict[str, Any]:
     episodes, spaces = load_data(config)
     folder = config.train.output_dir
     seed_everything(config.train.seed)
-    scans = mixer_info(config.mixer).primitive == "selective_scan"
-    model = DecisionMamba(
-        spaces.state_dim,
-        spaces.act_dim,
-        config.hidden_size,
-        config.n_layer,
-        config.context,
-        config.max_ep_len,
-        mixer=config.mixer,
-        mixer_kwargs={"d_state": config.d_state} if scans else None,
-        dropout=config.dropout,
-        remove_act_embs=config.remove_act_embs,
-        timestep_embedding=config.timestep_embedding,
-        discrete=spaces.discrete,
-        init=config.init,
-    )
+    model = build_model(config, spaces)
     agent, result, evaluation = fit(model, episodes, spaces, config, "agent")
     baselines: dict[str, Evaluation | None] = {}
     if config.baselines:
@@ -285,6 +304,10 @@ def train(config: Config) -> dict[str, Any]:
 
 def _loss(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
     return model(batch)
+
+
+def _env_kwargs(config: Config) -> dict[str, Any]:
+    return {"max_episode_steps": config.env_max_steps} if config.env_max_steps else {}
 
 
 def _sizes(spaces: Spaces) -> str:
