@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks import vision, vision_models, vision_official
+from benchmarks import vision, vision_models, vision_official, vision_plot
 from benchmarks.check import CheckError
 from benchmarks.prepared import Skip
 from benchmarks.report import columns, environment, write_csv
@@ -189,3 +189,29 @@ def test_shares_add_up():
     text = shares_table(shares)
     assert "| vim | inference | scanweave | eager | all | 5.00 | 100 | 3 |" in text
     assert "| matmul | 4.00 | 80 | 2 |" in text
+
+
+def test_plot_of_rates(tmp_path: Path):
+    pytest.importorskip("matplotlib")
+    shared = ("vim_small", 128, 224, "bfloat16")
+    rates = (
+        ("inference", "eager", "scanweave", 2000.0),
+        ("inference", "graph", "scanweave", 8000.0),
+        ("inference", "eager", "official", 2000.0),
+        ("training", "eager", "official", 500.0),
+        ("training", "eager", "scanweave", None),
+    )
+    rows = [VisionRow(*shared, p, m, name, "", images_s=rate) for p, m, name, rate in rates]
+    path = tmp_path / "rows.csv"
+    write_csv(path, environment(CPU), rows)
+    (cells,) = vision_plot.bars(path).values()
+    assert cells["inference"]["scanweave"] == vision_plot.Bar(8000.0, "graph")
+    assert set(cells["training"]) == {"official"}
+    assert vision_plot.main([str(path)]) == 0
+    picture = path.with_suffix(".svg").read_text(encoding="utf-8")
+    assert "8,000 (4.0x)" in picture
+    again = tmp_path / "again.svg"
+    assert vision_plot.main([str(path), "--out", str(again)]) == 0
+    assert again.read_text(encoding="utf-8") == picture
+    with pytest.raises(ValueError, match="csv must hold rates"):
+        vision_plot.draw({}, "")
