@@ -99,7 +99,8 @@ _CITATIONS: dict[str, Any] = {
     "epochs": 100,
     "seeds": 5,
     "own_splits": False,
-    "config": {"num_layers": 2, "dropout": 0.5, "conv": "gcn"},
+    # batch norm and dropout of one half do not go together: 48 % instead of 76 % on Cora
+    "config": {"num_layers": 2, "dropout": 0.5, "conv": "gcn", "norm": "layer_norm"},
     "train": {"lr": 5e-3, "eval_every": 5, "weight_decay": 0.05},
 }
 SETS: dict[str, Set] = {

@@ -144,13 +144,15 @@ def _metric(task: Task) -> Any:
         MultilabelAveragePrecision,
     )
 
+    # of several processes one alone may evaluate: the others would not come to meet it
+    alone: dict[str, Any] = {"sync_on_compute": False}
     if task.kind == "regression":
-        return MeanAbsoluteError()
+        return MeanAbsoluteError(**alone)
     if task.kind == "multiclass":
         if task.metric == "f1":
-            return MulticlassF1Score(task.outputs, average="macro", validate_args=False)
-        return MulticlassAccuracy(task.outputs, average="micro", validate_args=False)
-    fast: dict[str, Any] = {"ignore_index": -1, "validate_args": False}
+            return MulticlassF1Score(task.outputs, average="macro", validate_args=False, **alone)
+        return MulticlassAccuracy(task.outputs, average="micro", validate_args=False, **alone)
+    fast: dict[str, Any] = {"ignore_index": -1, "validate_args": False, **alone}
     if task.kind == "multilabel":
         make = {"ap": MultilabelAveragePrecision, "auroc": MultilabelAUROC}[task.metric]
         return make(task.outputs, average="macro", **fast)
