@@ -29,9 +29,10 @@ from .timing import graph_time, measure, peak_memory
 PASSES = {"inference": "forward", "training": "forward+backward"}
 SIZES = (500, 2_000, 10_000, 50_000, 200_000, 1_000_000)
 # a layer rounds in several places, float32 without TF32; padding that leaks shows at 3e-5 and more
-LIMITS = {torch.float32: 1e-5, torch.bfloat16: 0.1}
-# gradients of PyG's attention are off by 1e-3 on a CPU; the error is in the rows
-PEER_FACTOR = 1e3
+LIMITS = {torch.float32: 1e-5, torch.bfloat16: 0.05}
+# of five million ReLUs a few have inputs that round to the other side of zero: their gradients
+# differ as a whole, which is 1e-3 of all
+GRADIENT_LIMITS = {torch.float32: 5e-3, torch.bfloat16: 0.3}
 # the float64 copy loops over time where there is one sequence: larger graphs run the same code
 CHECKED_NODES = 20_000
 # graphs that a fitted line starts at: launches take most of the time below
@@ -78,12 +79,13 @@ def _results(model: nn.Module, x: Tensor, dtype: torch.dtype) -> list[Tensor]:
     return [out, grads[0], torch.cat([x.new_empty(0), *rows])]
 
 
-def check(model: nn.Module, exact: nn.Module, x: Tensor, dtype: torch.dtype) -> float:
-    """Largest relative error of output and gradients against a float64 module."""
+def check(model: nn.Module, exact: nn.Module, x: Tensor, dtype: torch.dtype) -> tuple[float, float]:
+    """Relative error of the output, and the largest of gradients, against a float64 module."""
     wide = x.detach().double().requires_grad_()
     wanted = _results(exact, wide, torch.float32)
     found = _results(model, x, dtype)
-    return max(_relative(a, b) for a, b in zip(found, wanted, strict=True))
+    out, *grads = (_relative(a, b) for a, b in zip(found, wanted, strict=True))
+    return out, max(grads)
 
 
 def say(text: str) -> None:
@@ -172,10 +174,9 @@ class Run:
                     {k.replace("mixer.mixer.", "mixer."): v for k, v in model.state_dict().items()}
                 )
             by = f"{twin}, float64"
-            error = check(model, exact.double(), x, self.dtype)
-            factor = PEER_FACTOR if name.startswith("GPS") else 1.0
-            if not error <= factor * LIMITS[self.dtype]:
-                note = f"not timed: off by {error:.2g} from {by}"
+            error, slope = check(model, exact.double(), x, self.dtype)
+            if not (error <= LIMITS[self.dtype] and slope <= GRADIENT_LIMITS[self.dtype]):
+                note = f"not timed: off by {error:.2g} (gradients {slope:.2g}) from {by}"
                 self.wrong.append(f"{batch.name} {name} {note}")
                 self.emit(replace(row, passes=PASSES["inference"], note=note))
                 return
