@@ -48,6 +48,12 @@ VMAMBA = [
 # what the small models that are run are made with, by our names
 REGISTERS = {"img_size": 64, "embed_dim": 32, "depth": 2, "registers": 4, "register_reduce": 2}
 STAGES = {"dims": 16, "depths": (2, 1), "d_state": 4, "img_size": 40}
+ROPE = {
+    "img_size": 80,
+    "embed_dim": 32,
+    "depth": 3,
+    "directions": (("h", "w2_flip"), ("v_flip", "w7"), ("h_flip", "v")),
+}
 DIRECTIONS = (("h", "v_flip", "w2", "w7_flip"), ("v", "w2_flip"), ("h_flip", "w7"))
 
 
@@ -263,9 +269,27 @@ def make(folder: Path) -> dict[str, Any]:
         for name, entry in (
             ("local_vim_tiny_patch16_224", "local_vim_tiny_middle_cls_token"),
             ("local_vim_small_patch16_224", "local_vim_tiny_middle_cls_token"),
+            ("local_vim_tiny_rope_patch16_224", "local_vim_tiny"),
+            ("local_vim_small_rope_patch16_224", "local_vim_tiny"),
         ):
             width = {"embed_dim": 384} if "small" in name else {}
             keep(name, entry, _local_vim(module, entry, width))
+        model = module.VisionMamba(
+            num_classes=5,
+            final_pool_type="mean",
+            if_abs_pos_embed=True,
+            if_rope=True,
+            if_rope_residual=True,
+            rms_norm=True,
+            residual_in_fp32=False,
+            fused_add_norm=True,
+            drop_path_rate=0.0,
+            **{**ROPE, "directions": [list(names) for names in ROPE["directions"]]},
+        ).double()
+        for name in ("freqs_cos", "freqs_sin"):
+            setattr(model.rope, name, getattr(model.rope, name).double())
+        fill(model)
+        outputs["rope"] = results(model.eval(), ROPE["img_size"])
         module = importlib.import_module("models.local_vmamba")
         for size in ("tiny", "small"):
             entry = f"local_vssm_{size}"

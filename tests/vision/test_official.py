@@ -13,6 +13,7 @@ from tests.vision.make_official import (
     DIRECTIONS,
     REGISTERS,
     RESULT,
+    ROPE,
     STAGES,
     VIM,
     fill,
@@ -46,18 +47,20 @@ def test_long_names(name: str) -> None:
 def _model(kind: str) -> nn.Module:
     if kind == "registers":
         return timm.create_model("test_mambar", num_classes=5, **REGISTERS)
+    if kind == "rope":
+        return timm.create_model("local_vim_tiny_rope_patch16_224", num_classes=5, **ROPE)
     given = {**STAGES, "directions": DIRECTIONS}
     return timm.create_model("local_vmamba_tiny", num_classes=5, **given)
 
 
-@pytest.mark.parametrize("kind", ["registers", "stages"])
-def test_outputs_and_gradients(kind: str) -> None:
-    """Mamba-Reg and LocalVMamba, whose windows of 7 do not divide the grids of 10 and of 5."""
+@pytest.mark.parametrize(("kind", "size"), [("registers", 64), ("stages", 40), ("rope", 80)])
+def test_outputs_and_gradients(kind: str, size: int) -> None:
+    """Mamba-Reg, LocalVMamba and LocalVim, whose windows of 7 do not divide the grids."""
     # without rounding of the stream to float32, which the stored results do not have either
     model = _model(kind).double()
     fill(model)
     official = FOUND["outputs"][kind]
-    ours = results(model.eval(), REGISTERS["img_size"] if kind == "registers" else 40)
+    ours = results(model.eval(), size)
     # official decays and states are rounded to float32 on their way
     torch.testing.assert_close(
         torch.tensor(ours["logits"]), torch.tensor(official["logits"]), rtol=1e-5, atol=1e-6

@@ -21,6 +21,7 @@ from .embed import ClassPosition, PatchEmbed, class_rows, insert_tokens, resampl
 from .local import LocalMamba
 from .paths import dynamic_orders, token_orders
 from .resizing import record_input_size
+from .rotary import RotaryPositions
 from .tokens import TokenModel
 
 
@@ -67,6 +68,8 @@ class IsotropicModel(TokenModel):
             model made without classes.
         register_reduce: What every register's channels are divided by before they are joined.
         pos_embed: "learn", or "none" for no position table.
+        rope: Also rotate the patches by their place before every layer (LocalVim); without class
+            tokens, and sizes then change by `set_input_size` only.
         official_pos_resize: Resize positions as Vim's code does, which takes the first patch's
             position for the class token's; see `resample_pos_embed`.
         dynamic_img_size: Take any image size; positions are interpolated in `forward`.
@@ -110,6 +113,7 @@ class IsotropicModel(TokenModel):
         registers: int = 0,
         register_reduce: int = 1,
         pos_embed: Literal["learn", "none"] = "learn",
+        rope: bool = False,
         official_pos_resize: bool = False,
         dynamic_img_size: bool = False,
         dynamic_img_pad: bool = False,
@@ -130,6 +134,11 @@ class IsotropicModel(TokenModel):
             )
         if pos_embed not in ("learn", "none"):
             raise ValueError(f"pos_embed must be 'learn' or 'none', got {pos_embed!r}")
+        if rope and (class_token or dynamic_img_size):
+            raise ValueError(
+                "rope must be without class_token and dynamic_img_size, "
+                f"got {class_token} and {dynamic_img_size}"
+            )
         if depth < 1:
             raise ValueError(f"depth must be at least 1, got {depth}")
         if mlp_ratio < 0:
@@ -185,6 +194,9 @@ class IsotropicModel(TokenModel):
             nn.Parameter(torch.empty(1, rows, embed_dim, **dd)) if pos_embed == "learn" else None
         )
         self.pos_drop = nn.Dropout(pos_drop_rate)
+        self.has_rope = rope
+        grid = self.patch_embed.grid_size
+        self.rope = RotaryPositions(embed_dim, grid, device) if rope else nn.Identity()
 
         if directions is not None:
             _check_directions(len(directions), depth, mixer, path, dynamic_img_size)
@@ -290,7 +302,9 @@ class IsotropicModel(TokenModel):
 
     @torch.jit.unused
     def _set_grids(self) -> None:
-        """Tell mixers that know of the grid what it is."""
+        """Tell what knows of the grid what it is."""
+        if isinstance(self.rope, RotaryPositions):
+            self.rope.set_grid(self.patch_embed.grid_size)
         for layer in self.layers:
             if isinstance(layer, MixerBlock) and isinstance(layer.mixer, LocalMamba):
                 layer.mixer.set_grid(self.patch_embed.grid_size, self._class_rows())

@@ -40,6 +40,8 @@ def fit_state_dict(
     kernel, patch = out.get("patch_embed.proj.weight"), list(model.patch_embed.patch_size)
     if kernel is not None and list(kernel.shape[2:]) != patch:
         out["patch_embed.proj.weight"] = resample_patch_embed(kernel, patch, verbose=True)
+    # tables of angles belong to the grid, nothing of them is learned
+    out |= {k: v for k, v in model.state_dict().items() if k in out and k.startswith("rope.")}
     table = out.get("pos_embed")
     own = model.pos_embed
     if own is not None and table is not None and table.shape[1] != own.shape[1]:

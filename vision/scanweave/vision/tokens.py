@@ -36,6 +36,8 @@ class TokenModel(nn.Module):
         head_drop: nn.Dropout
         head: nn.Module
         has_neck: bool
+        has_rope: bool
+        rope: nn.Module
         neck: nn.Module
         norm_neck: nn.Module
         num_prefix_tokens: int
@@ -201,6 +203,8 @@ class TokenModel(nn.Module):
             if orders is not None:
                 turn = i % orders.shape[1]
                 order, inverse = orders[0, turn], orders[1, turn]
+            if self.has_rope:
+                x = self.rope(x)
             if self.grad_checkpointing and not is_scripting():
                 x = checkpoint(layer, x, order, inverse)
             else:

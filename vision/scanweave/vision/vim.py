@@ -106,6 +106,8 @@ default_cfgs = generate_default_cfgs(
         "vim_base_patch16_384.untrained": _cfg(input_size=(3, 384, 384), crop_pct=1.0),
         "local_vim_tiny_patch16_224.untrained": _local_cfg(),
         "local_vim_small_patch16_224.untrained": _local_cfg(),
+        "local_vim_tiny_rope_patch16_224.untrained": _local_cfg(),
+        "local_vim_small_rope_patch16_224.untrained": _local_cfg(),
         **{
             f"mambar_{size}_patch16_224.untrained": _cfg(
                 crop_pct=1.0,
@@ -191,6 +193,23 @@ def local_vim_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> Vim:
     return _create_vim("local_vim_small_patch16_224", pretrained, **{**args, **kwargs})
 
 
+_ROPE: dict[str, Any] = {"class_token": False, "global_pool": "avg", "rope": True}
+
+
+@register_model
+def local_vim_tiny_rope_patch16_224(pretrained: bool = False, **kwargs: Any) -> Vim:
+    """LocalVim-T with rotary positions and mean pooling."""
+    args: dict[str, Any] = {"embed_dim": 192, "depth": 20, "directions": _LOCAL_DIRECTIONS, **_ROPE}
+    return _create_vim("local_vim_tiny_rope_patch16_224", pretrained, **{**args, **kwargs})
+
+
+@register_model
+def local_vim_small_rope_patch16_224(pretrained: bool = False, **kwargs: Any) -> Vim:
+    """LocalVim-S with rotary positions and mean pooling."""
+    args: dict[str, Any] = {"embed_dim": 384, "depth": 20, "directions": _LOCAL_DIRECTIONS, **_ROPE}
+    return _create_vim("local_vim_small_rope_patch16_224", pretrained, **{**args, **kwargs})
+
+
 @register_model
 def mambar_tiny_patch16_224(pretrained: bool = False, **kwargs: Any) -> Vim:
     """Mamba-Reg tiny: 12 registers among the patches, joined for the classifier."""
@@ -247,5 +266,8 @@ register_model_deprecations(
         f"vim_small_patch16_224_{_LONG}_midclstok_div2": "vim_small_patch16_224",
         f"vim_small_patch16_stride8_224_{_LONG}_midclstok_div2": "vim_small_patch16_stride8_224",
         f"vim_base_patch16_224_{_LONG}_middle_cls_token_div2": "vim_base_patch16_224",
+        "local_vim_tiny": "local_vim_tiny_rope_patch16_224",
+        "local_vim_small": "local_vim_small_rope_patch16_224",
+        "local_vim_tiny_middle_cls_token": "local_vim_tiny_patch16_224",
     },
 )
