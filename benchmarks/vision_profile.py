@@ -53,8 +53,6 @@ def family_of(kernel: str, operator: str = "") -> str:
     Our own scans and convolutions are told apart by their operators, as their kernels share names.
     """
     own = operator.removeprefix("scanweave::")
-    if "_project_kernel" in kernel:
-        return "convolution with projections"
     if own != operator:
         for family, pattern in _OPERATORS:
             if re.search(pattern, own):

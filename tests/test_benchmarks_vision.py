@@ -171,7 +171,6 @@ def test_kernels_are_sorted():
         ("void at::native::vectorized_elementwise_kernel<add>", "aten::add"): "elementwise",
         ("Memcpy DtoD", "aten::copy_"): "copies",
         ("_forward_kernel", "_RmsNormCast"): "norm",
-        ("_project_kernel", "scanweave::mamba_block"): "convolution with projections",
         ("_gate_kernel", "scanweave::mamba_block_backward"): "elementwise",
         ("flash_fwd_kernel", "aten::_flash_attention_forward"): "attention",
         ("void at::native::unrolled_elementwise_kernel<direct_copy>", "aten::copy_"): "copies",

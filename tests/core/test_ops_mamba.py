@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from scanweave.core import causal_conv1d, create_mixer
+from scanweave.core import create_mixer
 from scanweave.core.mixers import mamba
 from scanweave.core.ops.mamba.gate_kernel import gate
-from scanweave.core.ops.mamba.project_kernel import project, takes
 
 Check = Callable[..., None]
 CONFIGS = [
@@ -42,7 +41,9 @@ def run(mixer: Any, x: Tensor, cu_seqlens: Tensor | None = None) -> list[Tensor]
     """Output and every gradient."""
     y = mixer(x, cu_seqlens=cu_seqlens)
     torch.manual_seed(1)
-    grads = torch.autograd.grad(y, [x, *mixer.parameters()], torch.randn_like(y))
+    # the same values whatever the dtype
+    g = torch.randn(y.shape, dtype=torch.float64).to(y)
+    grads = torch.autograd.grad(y, [x, *mixer.parameters()], g)
     return [y.detach(), *grads]
 
 
@@ -198,32 +199,6 @@ def device() -> str:
 
 
 @pytest.mark.interpret
-@pytest.mark.parametrize("reverse", [False, True])
-# batch, length, channels, rank, state, taps
-@pytest.mark.parametrize(
-    "sizes",
-    [(1, 1, 1, 1, 1, 1), (2, 5, 33, 3, 4, 4), (3, 70, 130, 8, 16, 4), (2, 64, 64, 24, 30, 3)],
-)
-def test_project_kernel(sizes: tuple[int, ...], reverse: bool):
-    batch, length, dim, rank, state, width = sizes
-    kind = {"dtype": torch.bfloat16, "device": device()}
-    u = torch.randn(batch, length, 2 * dim, **kind)[..., dim:]
-    taps, bias = torch.randn(dim, width, device=device()), torch.randn(dim, device=device())
-    x_weight = torch.randn(rank + 2 * state, dim, **kind) / dim**0.5
-    dt_weight = torch.randn(dim, rank, **kind)
-    assert takes(u, taps, x_weight, None)
-    assert not takes(u.float(), taps, x_weight.float(), None)
-    found = project(u, taps, bias, x_weight, dt_weight, reverse)
-    values = causal_conv1d(u.double(), taps.double(), bias.double(), "silu", reverse=reverse)
-    low = nn.functional.linear(found[0].double(), x_weight.double())
-    dt = nn.functional.linear(found[1][..., :rank].double(), dt_weight.double())
-    for actual, expected in zip(found, (values, low, dt), strict=True):
-        # the interpreter cuts bfloat16 off where a GPU rounds it
-        assert (actual.double() - expected).norm() <= 8e-3 * expected.norm()
-    assert project(u[:0], taps, None, x_weight, dt_weight, reverse)[0].shape == (0, length, dim)
-
-
-@pytest.mark.interpret
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 5, 33), (1, 70, 40)])
 def test_gate_kernel(shape: tuple[int, int, int]):
     y = torch.randn(shape, device=device())
@@ -236,16 +211,18 @@ def test_gate_kernel(shape: tuple[int, int, int]):
 @pytest.mark.gpu
 @pytest.mark.parametrize("training", [False, True])
 def test_block_on_a_gpu(training: bool):
-    """Fused kernels under autocast are as near to float32 as the operators in sequence."""
+    """Under autocast it is near to float32, outputs and gradients."""
     mixer = build({}, torch.float32, 64).cuda()
     x = torch.randn(4, 197, 64, device="cuda", requires_grad=training)
 
-    def outputs(dtype: torch.dtype) -> list[Tensor]:
-        with torch.autocast("cuda", dtype, dtype != torch.float32):
-            if training:
-                return run(mixer, x)
-            with torch.no_grad():
-                return [mixer(x)]
+    def outputs() -> list[Tensor]:
+        if training:
+            return run(mixer, x)
+        with torch.no_grad():
+            return [mixer(x)]
 
-    for actual, true in zip(outputs(torch.bfloat16), outputs(torch.float32), strict=True):
-        assert (actual.float() - true).norm() <= 3e-2 * true.norm()
+    wanted = outputs()
+    with torch.autocast("cuda", torch.bfloat16):
+        found = outputs()
+    for actual, true in zip(found, wanted, strict=True):
+        assert (actual.float() - true).norm() <= 5e-2 * true.norm()

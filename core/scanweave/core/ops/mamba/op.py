@@ -29,7 +29,6 @@ from torch.autograd.function import once_differentiable
 from .. import conv, selective
 from ..checks import on_kernels, without_autocast
 from .gate_kernel import gate
-from .project_kernel import project, takes
 
 # whose operators are called below
 assert conv
@@ -62,11 +61,8 @@ def _scan_inputs(
     dt_weight: Tensor,
     cu_seqlens: Tensor | None,
     reverse: bool,
-    fused: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One direction's convolved inputs (B, L, E), r B C (B, L, R + 2 N) and time steps."""
-    if fused and on_kernels(u) and takes(u, conv_weight, x_weight, cu_seqlens):
-        return project(u, conv_weight, conv_bias, x_weight, dt_weight, reverse)
     settings = (None, cu_seqlens, conv_weight.shape[1] - 1, reverse, True)
     values = _ops.short_conv(u, conv_weight, conv_bias, *settings)
     projected = F.linear(values, x_weight)
@@ -96,18 +92,17 @@ def in_parts(
     cu_seqlens: Tensor | None,
     reverse: list[bool],
     training: bool,
-    fused: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The block's output, and what its backward keeps; empty unless `training`.
+    """The block's output, and what its backward keeps, empty unless `training`.
 
-    By registered and PyTorch's operators, or with `fused` by kernels that run several of them.
+    By registered and PyTorch's operators: also what the block is to a tracer or another runtime.
     """
     with without_autocast(x):
         xz = F.linear(x, in_weight, in_bias)
         u, z = xz.chunk(2, -1)
         biases = conv_bias or [None] * len(reverse)
         found = [
-            _scan_inputs(u, w, b, w_x, w_dt, cu_seqlens, back, fused)
+            _scan_inputs(u, w, b, w_x, w_dt, cu_seqlens, back)
             for w, b, w_x, w_dt, back in zip(
                 conv_weight, biases, x_weight, dt_weight, reverse, strict=True
             )
@@ -122,28 +117,6 @@ def in_parts(
             none = [x.new_empty(0) for _ in range(4)]
             return out, none[0], none[1], none[2], none[3]
         return out, xz, torch.stack(projected), y, kept
-
-
-def _forward(
-    x: Tensor,
-    in_weight: Tensor,
-    in_bias: Tensor | None,
-    conv_weight: list[Tensor],
-    conv_bias: list[Tensor],
-    x_weight: list[Tensor],
-    dt_weight: list[Tensor],
-    A: list[Tensor],
-    D: list[Tensor],
-    dt_bias: list[Tensor],
-    out_weight: Tensor,
-    out_bias: Tensor | None,
-    cu_seqlens: Tensor | None,
-    reverse: list[bool],
-    training: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    lists = (conv_weight, conv_bias, x_weight, dt_weight, A, D, dt_bias)
-    settings = (out_weight, out_bias, cu_seqlens, reverse, training, True)
-    return in_parts(x, in_weight, in_bias, *lists, *settings)
 
 
 def _gated(y: Tensor, z: Tensor) -> Tensor:
@@ -258,7 +231,7 @@ def _backward_fake(
 
 
 for _device in ("CPU", "CUDA"):
-    _lib.impl("mamba_block", _forward, _device)
+    _lib.impl("mamba_block", in_parts, _device)
     _lib.impl("mamba_block_backward", _backward, _device)
 # its parts know shapes by themselves
 torch.library.register_fake("scanweave::mamba_block", in_parts, lib=_lib)
