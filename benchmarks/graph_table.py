@@ -4,9 +4,9 @@
     python -m benchmarks.graph_table --data-dir data --devices cpu --sets MUTAG,Cora,CiteSeer
 
 `graph_models.py` says what is compared and with which settings; `sweep.py` how runs are run, and
-that the same command goes on where an earlier one ended. `--epochs` is for Peptides-func, whose
-epochs are long: as many as the time allows, the same for all models. `--long-epochs` adds runs of
-GMN alone with so many, as the column "Peptides-func, long".
+that the same command goes on where an earlier one ended. `--epochs` shortens all runs to what the
+time allows, the same for all models. `--long-epochs` adds runs of GMN alone on Peptides-func with
+so many, as the column "Peptides-func, long".
 
     make_jobs   sets and models -> jobs
     collect     what finished runs left, those of stopped jobs included -> rows
@@ -29,8 +29,7 @@ from .sweep import Result, add_options, markdown_table, write_csv
 
 TABLE = "graph"
 PACKAGES = ("torch", "triton", "torch_geometric")
-# the set whose epochs are chosen by the time there is
-_DEAR = "Peptides-func"
+_LONG = "Peptides-func"
 
 
 def make_jobs(sets: Sequence[str], models: Sequence[str], options: argparse.Namespace) -> list[Job]:
@@ -49,9 +48,9 @@ def make_jobs(sets: Sequence[str], models: Sequence[str], options: argparse.Name
         chosen = SETS[name]
         seeds = [str(seed) for seed in range(options.seeds or chosen.seeds)]
         groups = [",".join(seeds)] if chosen.together else seeds
-        epochs = options.epochs if name == _DEAR else 0
-        if name == _DEAR and options.long_epochs:
-            # first: they take longest
+        epochs = options.epochs
+        if name == _LONG and options.long_epochs:
+            # they take longest
             jobs += [_job(f"{name}, long", "GMN", g, options, options.long_epochs) for g in groups]
         jobs += [_job(name, model, g, options, epochs) for g in groups for model in models]
     return jobs
@@ -131,7 +130,7 @@ def main() -> None:
     add("--sets", default=",".join(SETS), help="names with commas")
     add("--models", default="|".join(MODELS), help="names with |")
     add("--seeds", type=int, default=0, help="runs of each model; 0 for those of the set")
-    add("--epochs", type=int, default=0, help="for Peptides-func; 0 for what papers train")
+    add("--epochs", type=int, default=0, help="of every run; 0 for those of the set")
     add("--long-epochs", type=int, default=0, help="GMN on Peptides-func once more, with so many")
     options = parser.parse_args()
     sets, models = options.sets.split(","), options.models.split("|")
