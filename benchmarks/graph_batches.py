@@ -91,6 +91,14 @@ class GraphBatch:
         """Nodes of all graphs."""
         return self.batch.numel()
 
+    def first(self, nodes: int) -> "GraphBatch":
+        """As many of the first graphs as have no more than so many nodes in all."""
+        ends = torch.bincount(self.batch, minlength=self.num_graphs).cumsum(0)
+        graphs = int((ends <= nodes).sum())
+        own = self.edge_index[:, self.batch[self.edge_index[0]] < graphs]
+        batch = self.batch[self.batch < graphs]
+        return GraphBatch(self.name, own, batch, graphs, self.padding, self.source)
+
     def to(self, device: torch.device) -> "GraphBatch":
         """The same batch elsewhere."""
         edges, batch = self.edge_index.to(device), self.batch.to(device)

@@ -15,8 +15,8 @@ from scanweave.graph import GMNConv, GraphMambaConv, gin_conv, rcm_order
 from .graph_batches import GraphBatch
 
 CHANNELS, STATE = 96, 16
-# more than this many squared places do not fit or take minutes: attention skips larger graphs
-ATTENTION_NODES = 100_000
+# attention of larger graphs does not fit, or takes minutes
+ATTENTION_NODES = {"cuda": 100_000, "cpu": 10_000}
 # of subgraph tokens: nodes whose tokens are encoded at once
 CHUNK = 65_536
 
@@ -132,6 +132,7 @@ LAYERS: dict[str, Callable[[GraphBatch], nn.Module]] = {
 GROWING = ("packed", "GPSConv multihead", "GPSConv performer", "GMNConv")
 
 
-def too_large(name: str, batch: GraphBatch) -> bool:
+def too_large(name: str, batch: GraphBatch, device: torch.device) -> bool:
     """Whether an implementation is not tried on this batch: attention of one huge graph."""
-    return name == "GPSConv multihead" and batch.nodes / batch.num_graphs > ATTENTION_NODES
+    most = ATTENTION_NODES[device.type]
+    return name == "GPSConv multihead" and batch.nodes / batch.num_graphs > most

@@ -92,8 +92,17 @@ def test_nothing_is_started_after_the_deadline():
 
 def test_huge_graphs_are_left_out_of_attention():
     huge = dataclasses.replace(one_graph(4), batch=torch.zeros(200_000, dtype=torch.int64))
-    assert too_large("GPSConv multihead", huge)
-    assert not any(too_large(name, huge) for name in GROWING if name != "GPSConv multihead")
+    for name in GROWING:
+        assert too_large(name, huge, CPU) == (name == "GPSConv multihead")
+
+
+def test_part_of_a_batch_is_its_first_graphs():
+    batch = batch_of("three", np.array([4, 5, 6]), 2.0, "")
+    part = batch.first(10)
+    assert (part.num_graphs, part.nodes) == (2, 9)
+    assert part.edge_index.equal(batch.edge_index[:, batch.edge_index[0] < 9])
+    assert batch.first(3).num_graphs == 0
+    assert batch.first(15).edge_index.equal(batch.edge_index)
 
 
 @pytest.mark.parametrize(("name", "padding"), [("peptides", 0.61), ("proteins", 0.86)])
