@@ -165,17 +165,17 @@ def _first_line(error: Exception) -> str:
 
 
 def measure_model(
-    spec: VisionModel, settings: Settings, emit: Callable[[VisionRow], None]
-) -> tuple[list[str], list[Share]]:
+    spec: VisionModel, settings: Settings, emit: Callable[[VisionRow | Share], None]
+) -> list[str]:
     """Check, then time one model and its official form.
 
     Args:
         spec: What to measure.
         settings: How.
-        emit: Takes every row.
+        emit: Takes every row, and shares of the time if asked for, as soon as they are known.
 
     Returns:
-        A line for every implementation that is wrong, and shares of the time if asked for.
+        A line for every implementation that is wrong.
     """
     device = settings.device
     found, why = implementations(spec, device, settings.folder)
@@ -198,11 +198,11 @@ def measure_model(
         found = found[:1]
         errors, refused, by = check(found, x, target, settings.dtype)
     wrong = [f"{spec.name} {name}: not timed, {text}" for name, text in refused.items()]
-    shares: list[Share] = []
     for passes in settings.passes:
         # graphs of one pass share memory, as only one runs at a time
         pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         calls: dict[tuple[str, str], Callable[[], object]] = {}
+        peaks: dict[tuple[str, str], float | None] = {}
         for one in found:
             if one.name not in errors:
                 continue
@@ -220,6 +220,9 @@ def measure_model(
                         eager = _row(call()).clone()
                     else:
                         _agree(call, eager, LIMITS[settings.dtype])
+                    # a replay allocates nothing
+                    replays = mode.endswith("graph")
+                    peaks[key] = None if replays else peak_memory(call, device)
                     calls[key] = call
                 except Exception as reason:
                     # compilers and captures raise anything; the official code is not ours to mend
@@ -231,17 +234,19 @@ def measure_model(
             calls.clear()
         names = {f"{name} {mode}": call for (name, mode), call in calls.items()}
         times = measure(names, device, settings.toy)
-        for (name, mode), call in calls.items():
-            peak = None if mode.endswith("graph") else peak_memory(call, device)
+        for name, mode in calls:
             row = (*shared, passes, mode, name, versions[name])
-            emit(VisionRow(*row, *_rates(spec, times[f"{name} {mode}"]), peak, errors[name], by))
-            if settings.profile and mode in ("eager", "blocks"):
-                shares += profile_call(call, device, (spec.name, passes, mode, name))
+            rates = _rates(spec, times[f"{name} {mode}"])
+            emit(VisionRow(*row, *rates, peaks[name, mode], errors[name], by))
+        for (name, mode), call in calls.items():
+            if settings.profile and mode in ("eager", "blocks") and not settings.late():
+                for share in profile_call(call, device, (spec.name, passes, mode, name)):
+                    emit(share)
         calls.clear()
         names.clear()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    return wrong, shares
+    return wrong
 
 
 def _rates(spec: VisionModel, time_: Timing) -> tuple[float, float, float, float, int]:
@@ -319,10 +324,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows: list[VisionRow] = []
     wrong: list[str] = []
 
-    def emit(row: VisionRow) -> None:
-        rows.append(row)
-        if args.out is not None:
-            write_csv(args.out, where, [row])
+    shares: list[Share] = []
+
+    def emit(row: VisionRow | Share) -> None:
+        out = args.out
+        if isinstance(row, Share):
+            shares.append(row)
+            out = None if out is None else out.with_suffix(".profile.csv")
+        else:
+            rows.append(row)
+        if out is not None:
+            write_csv(out, where, [row])
 
     for name in _names(parser, "models", args.models, list(MODELS)):
         if settings.late():
@@ -331,13 +343,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         spec = MODELS[name].toy() if args.toy else MODELS[name]
         if args.batch:
             spec = VisionModel(**(vars(spec) | {"batch": args.batch}))
-        refused, shares = measure_model(spec, settings, emit)
-        wrong += refused
-        if shares:
-            print(shares_table(shares))
-            if args.out is not None:
-                write_csv(args.out.with_suffix(".profile.csv"), where, shares)
+        wrong += measure_model(spec, settings, emit)
         print(_table([row for row in rows if row.model == spec.name]), flush=True)
+    if shares:
+        print(shares_table(shares))
     for row in rows:
         if row.note:
             print(f"{row.model} {row.passes} {row.implementation} {row.mode} {row.note}")
