@@ -120,7 +120,10 @@ def test_episode_casts_once():
         ({"states": np.array(["a"] * 3)[:, None]}, "states must hold numbers, got dtype <U1"),
         ({"actions": np.zeros((4, 1))}, "actions must have one row per reward"),
         ({"actions": np.zeros((3, 1, 1))}, r"actions must be \(T, A\) or \(T,\) numbers"),
-        ({"actions": np.zeros((3, 2), int)}, r"actions must be \(T,\) numbers, got \(3, 2\)"),
+        (
+            {"actions": np.zeros((3, 2, 1), int)},
+            r"actions must be \(T,\) numbers, got \(3, 2, 1\)",
+        ),
         ({"actions": np.array([0, -1, 0])}, "discrete actions must be at least 0, got -1"),
         ({"rewards": np.array([0, np.inf, 0])}, "rewards must be finite, got inf at row 1"),
         ({"rewards": np.zeros((3, 2))}, r"rewards must be \(T,\) numbers, got \(3, 2\)"),

@@ -1,12 +1,14 @@
 """Decision Mamba agents for offline reinforcement learning.
 
 data        Episode, TrajectoryWindows, load_d4rl, episodes_from_trajectories, record_episodes
-models      DecisionMamba, load_official, BehaviourCloning
+models      DecisionMamba, AtariDecisionMamba, load_official, BehaviourCloning
 acting      Agent: loss, reset, act, save, load
 measuring   evaluate_agent
 """
 
-from .agent import Agent, AgentConfig, default_targets
+from .agent import Agent
+from .agent_config import AgentConfig, default_targets
+from .atari import AtariDecisionMamba
 from .cloning import BehaviourCloning
 from .columns import episodes_from_columns
 from .controllers import CONTROLLERS, Controller
@@ -24,7 +26,7 @@ from .data import (
 )
 from .evaluate import Evaluation, TargetResult, evaluate_agent
 from .model import DecisionMamba
-from .official import load_official
+from .official import export_official, load_official
 from .record import record_episodes
 from .rollout import Spaces, make_envs, play, read_spaces
 from .scores import normalized_score, reference_returns
@@ -35,6 +37,7 @@ __all__ = [
     "D4RL_IDS",
     "Agent",
     "AgentConfig",
+    "AtariDecisionMamba",
     "BehaviourCloning",
     "Controller",
     "DecisionMamba",
@@ -48,6 +51,7 @@ __all__ = [
     "episodes_from_columns",
     "episodes_from_trajectories",
     "evaluate_agent",
+    "export_official",
     "find_d4rl",
     "keep_batch",
     "load_d4rl",

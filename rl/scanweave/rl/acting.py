@@ -20,10 +20,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .atari import AtariDecisionMamba
 from .cloning import BehaviourCloning
 from .model import DecisionMamba
 
-Policy = DecisionMamba | BehaviourCloning
+Policy = DecisionMamba | AtariDecisionMamba | BehaviourCloning
 
 MODES = ("window", "recurrent", "periodic", "staggered")
 PAD_MODES = ("masked", "official")
@@ -34,8 +35,8 @@ class Step:
     """One environment step of N rows, in the model's units.
 
     Attributes:
-        states: (N, S).
-        previous_actions: Executed one step before, (N, A) or (N,); zeros in `first` rows.
+        states: (N, S), or images.
+        previous_actions: Executed one step before, (N, A), (N,) or (N, M); zeros in `first` rows.
         returns_to_go: (N, 1).
         timesteps: (N,) int64.
         first: Rows whose episode begins here, (N,) bool.

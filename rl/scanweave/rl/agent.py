@@ -3,71 +3,47 @@
 Normalisers, the scale of returns, action bounds, context mode and default targets travel with
 the weights; a checkpoint without them (as the published one) cannot act.
 
-    AgentConfig   facts that are not tensors
-    Agent         loss for training; reset and act for roll-outs; save and load
+    Agent   loss for training; reset and act for roll-outs; save and load
 
 Letters: N environments side by side, B, K, S, A as in `model.py`.
 """
 
-import json
 import os
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .acting import MODES, PAD_MODES, Memory, Policy, Step, make_memory
+from .agent_config import AgentConfig, default_targets
+from .atari import AtariDecisionMamba
 from .cloning import BehaviourCloning
 from .data import Episode, return_statistics, state_statistics
+from .inputs import action_shape
+from .losses import choice_losses
 from .model import DecisionMamba
 from .running import Running
+from .storage import read_agent, write_agent
 
-_FORMAT = 1
 _MODELS: dict[str, type[Policy]] = {
     "DecisionMamba": DecisionMamba,
+    "AtariDecisionMamba": AtariDecisionMamba,
     "BehaviourCloning": BehaviourCloning,
 }
-
-
-@dataclass
-class AgentConfig:
-    """What an agent knows besides tensors; everything here is JSON.
-
-    Attributes:
-        scale: Returns are divided by it before the model sees them.
-        targets: Returns to ask for when `reset` names none; the first is the default.
-        mode: How the past is remembered, one of `scanweave.rl.acting.MODES`.
-        pad_mode: "masked": padding changes nothing. "official": padding is read, with the
-            published model's values, in training and in acting.
-        env_id: Environment the agent was made for.
-        data: Statistics and origin of the training data.
-    """
-
-    scale: float = 1.0
-    targets: list[float] = field(default_factory=list)
-    mode: str = "window"
-    pad_mode: str = "masked"
-    env_id: str = ""
-    data: dict[str, object] = field(default_factory=dict)
 
 
 class Agent(nn.Module):
     """A trainable, acting, storable agent around a model.
 
     Args:
-        model: `DecisionMamba` or `BehaviourCloning`.
+        model: `DecisionMamba`, `AtariDecisionMamba` or `BehaviourCloning`.
         config: See `AgentConfig`.
-        state_mean: Subtracted from states, (S,); 0 when None.
-        state_std: Divides states, (S,); 1 when None.
+        state_mean: Subtracted from states, (S,), or (1,) of images; 0 when None.
+        state_std: Divides states, (S,), or (1,) of images; 1 when None, 255 of images.
         action_low: Lower bounds of a continuous action, (A,); -1 when None. The model's
             [-1, 1] is mapped to [low, high].
         action_high: Upper bounds, (A,); 1 when None.
@@ -101,17 +77,21 @@ class Agent(nn.Module):
             raise ValueError(
                 f"pad_mode must be one of {', '.join(PAD_MODES)}, got {config.pad_mode!r}"
             )
+        if not config.action_squash and model.config.get("action_tanh", False):
+            raise ValueError("action_tanh must be False without action_squash, got True")
         if not config.scale > 0:
             raise ValueError(f"scale must be positive, got {config.scale}")
-        for name, values, channels, default in (
-            ("state_mean", state_mean, model.state_dim, 0.0),
-            ("state_std", state_std, model.state_dim, 1.0),
+        image = len(model.state_shape) > 1
+        channels = 1 if image else model.state_shape[0]
+        for name, values, size, default in (
+            ("state_mean", state_mean, channels, 0.0),
+            ("state_std", state_std, channels, 255.0 if image else 1.0),
             ("action_low", action_low, model.act_dim, -1.0),
             ("action_high", action_high, model.act_dim, 1.0),
         ):
-            given = np.full(channels, default) if values is None else np.asarray(values)
-            if given.shape != (channels,) or not np.isfinite(given).all():
-                raise ValueError(f"{name} must be ({channels},) and finite, got {given}")
+            given = np.full(size, default) if values is None else np.asarray(values)
+            if given.shape != (size,) or not np.isfinite(given).all():
+                raise ValueError(f"{name} must be ({size},) and finite, got {given}")
             self.register_buffer(name, torch.tensor(given, dtype=torch.float32))
         if bool((self.action_low >= self.action_high).any()):
             raise ValueError(
@@ -161,6 +141,53 @@ class Agent(nn.Module):
             action_high=action_high,
         )
 
+    @classmethod
+    def from_spaces(
+        cls,
+        observation_space: Any,
+        action_space: Any,
+        config: AgentConfig | None = None,
+        *,
+        model: str = "DecisionMamba",
+        model_config: Mapping[str, Any] | None = None,
+        state_mean: ArrayLike | None = None,
+        state_std: ArrayLike | None = None,
+    ) -> "Agent":
+        """An untrained agent that fits the spaces of a single Gymnasium environment.
+
+        Args:
+            observation_space: See `read_spaces`.
+            action_space: See `read_spaces`; the agent's bounds are its bounds.
+            config: See `AgentConfig`.
+            model: Class of the model.
+            model_config: The model's other arguments.
+            state_mean: As the class's own argument.
+            state_std: As the class's own argument.
+
+        Raises:
+            ValueError: the model is unknown, or the spaces are not supported.
+        """
+        # imported here: an agent that is loaded acts without Gymnasium
+        from .rollout import read_spaces
+
+        if model not in _MODELS:
+            raise ValueError(f"model must be one of {', '.join(_MODELS)}, got {model!r}")
+        squash = config is None or config.action_squash
+        spaces = read_spaces(observation_space, action_space, action_squash=squash)
+        sizes: dict[str, Any] = {"state_dim": spaces.state_dim, "act_dim": spaces.act_dim}
+        if model != "AtariDecisionMamba":
+            sizes["discrete"] = spaces.discrete
+            if not squash:
+                sizes["action_tanh"] = False
+        return cls(
+            _MODELS[model](**sizes, **(model_config or {})),
+            config,
+            state_mean=state_mean,
+            state_std=state_std,
+            action_low=spaces.action_low,
+            action_high=spaces.action_high,
+        )
+
     @property
     def device(self) -> torch.device:
         """Where the agent computes."""
@@ -169,8 +196,8 @@ class Agent(nn.Module):
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """The training loss of one batch of `TrajectoryWindows`.
 
-        Mean squared error in the model's [-1, 1] units, or cross-entropy for discrete actions,
-        over the real steps only.
+        Mean squared error in the model's [-1, 1] units, or cross-entropy for discrete actions
+        (the sum over choices made at once), over the real steps only.
 
         Returns:
             The loss, and metrics by name, all scalars.
@@ -191,10 +218,9 @@ class Agent(nn.Module):
         )
         real = mask.sum().clamp(min=1)
         if self.model.discrete:
-            losses = F.cross_entropy(predictions.flatten(0, 1), targets.flatten(), reduction="none")
-            loss = losses.where(mask.flatten(), 0.0).sum() / real
-            hits = (predictions.argmax(dim=-1) == targets) & mask
-            return loss, {"accuracy": (hits.sum() / real).detach()}
+            losses, hits = choice_losses(predictions, targets, self.model.choices)
+            loss = losses.where(mask, 0.0).sum() / real
+            return loss, {"accuracy": ((hits & mask).sum() / real).detach()}
         errors = (predictions - targets).square().where(mask[..., None], 0.0)
         loss = errors.sum() / (real * self.model.act_dim)
         return loss, {"action_error": loss.detach()}
@@ -248,7 +274,7 @@ class Agent(nn.Module):
         """Choose the next action of every environment.
 
         Args:
-            obs: Observations, (N, S), or (S,) of a single environment.
+            obs: Observations, (N, S), or (S,) of a single environment; images likewise.
             reward: What the last action earned, (N,), in the unit of the training data; None
                 at an episode's first step, and ignored for rows that have just been reset.
             done: Rows whose episode ended before `obs`, which is the first of the next, (N,)
@@ -258,21 +284,26 @@ class Agent(nn.Module):
             deterministic: False samples a discrete action from the model's distribution.
 
         Returns:
-            Actions in environment units: (N, A) float32 or (N,) int64; without N for a single
-            environment.
+            Actions in environment units: (N, A) float32, or int64 (N,), or (N, M) of M choices;
+            without N for a single environment.
 
         Raises:
             ValueError: a shape does not fit, or sampling is asked of a continuous agent.
         """
         if not deterministic and not self.model.discrete:
             raise ValueError("deterministic must be True for continuous actions, got False")
-        states = np.asarray(obs, dtype=np.float32)
-        single = states.ndim == 1
+        states = np.asarray(obs)
+        shape = self.model.state_shape
+        if states.dtype != np.uint8:
+            states = states.astype(np.float32)
+        single = states.ndim == len(shape)
         states = states[None] if single else states
-        if states.ndim != 2 or states.shape[1] != self.model.state_dim:
-            raise ValueError(f"obs must be (N, {self.model.state_dim}), got {np.shape(obs)}")
-        if not np.isfinite(states).all():
-            row = int((~np.isfinite(states).all(axis=1)).argmax())
+        if states.shape[1:] != shape:
+            wanted = ", ".join(map(str, ("N", *shape)))
+            raise ValueError(f"obs must be ({wanted}), got {np.shape(obs)}")
+        finite = np.isfinite(states).reshape(len(states), -1).all(axis=1)
+        if not finite.all():
+            row = int((~finite).argmax())
             raise ValueError(f"obs must be finite, got {states[row]} in row {row}")
         if self._running is None:
             self.reset(mode=self._mode)
@@ -317,18 +348,7 @@ class Agent(nn.Module):
         Each file appears whole or not at all. The configuration also stands in the header of
         `agent.safetensors`, which is what `load` reads; the JSON file is for people and tools.
         """
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        document = json.dumps(self._document(), indent=2)
-        weights = {name: v.detach().cpu().contiguous() for name, v in self.state_dict().items()}
-        partial = folder / f".agent.{os.getpid()}"
-        try:
-            save_file(weights, partial, metadata={"agent": document})
-            os.replace(partial, folder / "agent.safetensors")
-            partial.write_text(document + "\n")
-            os.replace(partial, folder / "agent.json")
-        finally:
-            partial.unlink(missing_ok=True)
+        write_agent(folder, self.state_dict(), self._document())
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], device: torch.device | str = "cpu") -> "Agent":
@@ -338,20 +358,7 @@ class Agent(nn.Module):
             FileNotFoundError: the folder holds no `agent.safetensors`.
             ValueError: the file is damaged or not an agent of this format.
         """
-        path = Path(folder) / "agent.safetensors"
-        if not path.is_file():
-            raise FileNotFoundError(f"no agent at {path}")
-        try:
-            with safe_open(path, framework="pt") as file:
-                document = json.loads((file.metadata() or {}).get("agent", "{}"))
-                weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path}: must be a whole safetensors file: {error}") from error
-        if document.get("format") != _FORMAT or document.get("model") not in _MODELS:
-            raise ValueError(
-                f"{path}: must hold an agent of format {_FORMAT}, got format "
-                f"{document.get('format')!r} and model {document.get('model')!r}"
-            )
+        weights, document = read_agent(folder, set(_MODELS))
         model = _MODELS[document["model"]](**document["model_config"])
         agent = cls(model, AgentConfig(**document["config"]))
         agent.load_state_dict(weights)
@@ -359,17 +366,15 @@ class Agent(nn.Module):
 
     def _document(self) -> dict[str, Any]:
         return {
-            "format": _FORMAT,
             "model": type(self.model).__name__,
             "model_config": self.model.config,
             "config": asdict(self.config),
-            "versions": {"torch": str(torch.__version__), "scanweave": _own_version()},
         }
 
     def _begin(self, rows: int) -> None:
         self._running = Running(rows, self._asked)
         self._memory = make_memory(self.model, rows, self._mode, self.config.pad_mode)
-        shape = (rows,) if self.model.discrete else (rows, self.model.act_dim)
+        shape = (rows, *action_shape(self.model))
         kind = torch.int64 if self.model.discrete else torch.float32
         self._previous = torch.zeros(shape, dtype=kind, device=self.device)
 
@@ -381,6 +386,8 @@ class Agent(nn.Module):
         return (states - self.state_mean) / self.state_std
 
     def _to_model(self, actions: Tensor) -> Tensor:
+        if not self.config.action_squash:
+            return actions
         return 2 * (actions - self.action_low) / (self.action_high - self.action_low) - 1
 
     def _from_env(self, actions: NDArray) -> Tensor:
@@ -391,30 +398,18 @@ class Agent(nn.Module):
     def _choose(self, predictions: Tensor, deterministic: bool) -> NDArray:
         """Actions in environment units; remembers them as executed."""
         if self.model.discrete:
-            if deterministic:
-                self._previous = predictions.argmax(dim=-1)
-            else:
-                self._previous = torch.multinomial(predictions.softmax(dim=-1), 1)[:, 0]
+            sizes = self.model.choices or (self.model.act_dim,)
+            picked = [
+                logits.argmax(dim=-1)
+                if deterministic
+                else torch.multinomial(logits.softmax(dim=-1), 1)[:, 0]
+                for logits in predictions.split(sizes, dim=-1)
+            ]
+            self._previous = torch.stack(picked, dim=-1) if self.model.choices else picked[0]
+            return self._previous.cpu().numpy()
+        if not self.config.action_squash:
+            self._previous = predictions.float()
             return self._previous.cpu().numpy()
         self._previous = predictions.float().clamp(-1, 1)
         span = self.action_high - self.action_low
         return (self.action_low + (self._previous + 1) / 2 * span).cpu().numpy()
-
-
-def default_targets(statistics: dict[str, float]) -> list[float]:
-    """Returns to ask for, best first: the best in the data, beyond it, and evenly below it.
-
-    "Beyond" adds half the distance between median and best. Multiples of the best would ask for
-    less where returns are negative.
-    """
-    best, low = statistics["max"], statistics["q10"]
-    beyond = best + 0.5 * (best - statistics["q50"])
-    below = [best - share * (best - low) for share in (1 / 3, 2 / 3, 1.0)]
-    return list(dict.fromkeys([best, beyond, *below]))
-
-
-def _own_version() -> str:
-    try:
-        return version("scanweave")
-    except PackageNotFoundError:
-        return "unknown"

@@ -10,16 +10,22 @@ Its `forward` takes the same arguments, so that data, agent, training and evalua
 Source: the baseline of Chen et al. 2021, arXiv 2106.01345, section 4 (there over K states).
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
+
+from .inputs import as_sizes, plain
+from .tokens import ImageEncoder
 
 
 class BehaviourCloning(nn.Module):
     """Predict each action from its state alone.
 
     Args:
-        state_dim: Channels of a (flat) state, S.
-        act_dim: Channels of a continuous action, or the number of choices, A.
+        state_dim: Channels of a (flat) state, S, or the shape of an image.
+        act_dim: Channels of a continuous action, or the number of options, A; or the options of
+            each of several choices made at once (`discrete`).
         hidden_size: Width of the hidden layers.
         n_layer: Hidden layers.
         dropout: Rate after each hidden layer.
@@ -29,7 +35,7 @@ class BehaviourCloning(nn.Module):
         dtype: Type of the parameters.
 
     Raises:
-        ValueError: a size is not positive.
+        ValueError: a size is not positive, or several choices are not discrete.
     """
 
     # one step of context is all it reads
@@ -39,8 +45,8 @@ class BehaviourCloning(nn.Module):
 
     def __init__(
         self,
-        state_dim: int,
-        act_dim: int,
+        state_dim: int | Sequence[int],
+        act_dim: int | Sequence[int],
         hidden_size: int = 256,
         n_layer: int = 2,
         *,
@@ -51,18 +57,22 @@ class BehaviourCloning(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        self.state_shape, options = as_sizes(state_dim), as_sizes(act_dim)
         for name, size in (
-            ("state_dim", state_dim),
-            ("act_dim", act_dim),
+            ("state_dim", min(self.state_shape)),
+            ("act_dim", min(options)),
             ("hidden_size", hidden_size),
             ("n_layer", n_layer),
         ):
             if size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}")
-        self.state_dim, self.act_dim, self.discrete = state_dim, act_dim, discrete
+        if len(options) > 1 and not discrete:
+            raise ValueError(f"act_dim must be one number unless discrete, got {options}")
+        self.choices = options if len(options) > 1 else ()
+        self.act_dim, self.discrete = sum(options), discrete
         self.config: dict[str, object] = {
-            "state_dim": state_dim,
-            "act_dim": act_dim,
+            "state_dim": plain(self.state_shape),
+            "act_dim": plain(options),
             "hidden_size": hidden_size,
             "n_layer": n_layer,
             "dropout": dropout,
@@ -70,12 +80,15 @@ class BehaviourCloning(nn.Module):
             "discrete": discrete,
         }
         layers: list[nn.Module] = []
-        width = state_dim
+        width = self.state_shape[0]
+        if len(self.state_shape) > 1:
+            layers.append(ImageEncoder(self.state_shape, hidden_size, device=device, dtype=dtype))
+            width = hidden_size
         for _ in range(n_layer):
             layers += [nn.Linear(width, hidden_size, device=device, dtype=dtype), nn.GELU()]
             layers.append(nn.Dropout(dropout))
             width = hidden_size
-        layers.append(nn.Linear(width, act_dim, device=device, dtype=dtype))
+        layers.append(nn.Linear(width, self.act_dim, device=device, dtype=dtype))
         if action_tanh and not discrete:
             layers.append(nn.Tanh())
         self.layers = nn.Sequential(*layers)
@@ -93,8 +106,9 @@ class BehaviourCloning(nn.Module):
         Raises:
             ValueError: states are not (B, K, S).
         """
-        if states.ndim != 3 or states.shape[2] != self.state_dim:
-            raise ValueError(f"states must be (B, K, {self.state_dim}), got {tuple(states.shape)}")
+        if states.shape[2:] != self.state_shape:
+            wanted = ", ".join(map(str, ("B", "K", *self.state_shape)))
+            raise ValueError(f"states must be ({wanted}), got {tuple(states.shape)}")
         return self.layers(states)
 
     def init_state(self, batch: int) -> list[dict[str, Tensor]]:

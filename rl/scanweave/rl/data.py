@@ -32,7 +32,7 @@ class Episode:
 
     Attributes:
         states: Observations before each action, (T, ...).
-        actions: Actions, (T, A) float32, or (T,) int64 when discrete.
+        actions: Actions, (T, A) float32; when discrete (T,) int64, or (T, M) of M choices.
         rewards: Rewards that followed the actions, (T,) float32.
         terminated: The task ended (fell, reached the goal): no value after the last step.
         truncated: A time limit cut the episode.
@@ -141,7 +141,12 @@ def clip_actions(episodes: Sequence[Episode], low: NDArray, high: NDArray) -> li
 
 
 def state_statistics(episodes: Sequence[Episode]) -> tuple[NDArray, NDArray]:
-    """Mean and standard deviation (plus 1e-6) over all states, each of a state's shape."""
+    """Mean and standard deviation (plus 1e-6) over all states, each of a state's shape.
+
+    Images are not standardised: for uint8 states the two are 0 and 255, of shape (1,).
+    """
+    if _nonempty(episodes)[0].states.dtype == np.uint8:
+        return np.zeros(1, dtype=np.float32), np.full(1, 255, dtype=np.float32)
     states = np.concatenate([episode.states for episode in _nonempty(episodes)])
     mean = states.mean(axis=0, dtype=np.float64)
     std = states.std(axis=0, dtype=np.float64) + 1e-6
@@ -262,10 +267,11 @@ def _observed(name: str, values: ArrayLike) -> NDArray:
 
 
 def _chosen(values: ArrayLike) -> NDArray:
-    """(T,) int64 from whole numbers, (T, A) float32 from (T, A) or (T,) floats."""
+    """int64 (T,) or (T, M) from whole numbers, float32 (T, A) from (T, A) or (T,) floats."""
     array = np.asarray(values)
     if np.issubdtype(array.dtype, np.integer):
-        choices = _column("actions", array).astype(np.int64)
+        several = array.ndim == 2 and array.shape[1] > 1
+        choices = (array if several else _column("actions", array)).astype(np.int64)
         if (choices < 0).any():
             raise ValueError(f"discrete actions must be at least 0, got {choices.min()}")
         return choices

@@ -7,6 +7,7 @@ token, which has seen returns and states up to now and actions before now, is th
     x <- x + mixer(norm(x));   x <- x + MLP(norm(x))        n_layer times
 
     Block            one pre-norm layer with those two branches
+    Stack            layers, and the norm behind them
     DecisionMamba    tokens, stack and head; parameter names are the published model's
 
 Letters: B batch, K environment steps, S state channels, A action channels or choices,
@@ -18,13 +19,18 @@ https://github.com/Toshihiro-Ota/decision-mamba/blob/35f99441975c47f8652f82e37b6
 Differences from it: `rl/README.md`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from scanweave.core import create_mixer, mixer_info
 
+from .inputs import as_sizes, check_inputs, plain, take_steps
+from .tokens import ChoiceEmbedding, ImageEncoder
+
+_NORMS = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
+_ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU}
 MixerState = dict[str, Tensor]
 
 
@@ -43,17 +49,19 @@ class Block(nn.Module):
         mixer: str,
         mixer_kwargs: Mapping[str, object],
         dropout: float,
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
+        activation: str = "gelu",
+        norm: str = "layer",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        self.norm_mamba = nn.LayerNorm(hidden_size, **dd)
+        self.norm_mamba = _NORMS[norm](hidden_size, eps=1e-5, **dd)
         self.mamba = create_mixer(mixer, hidden_size, **mixer_kwargs, **dd)
         self.ln_2 = nn.LayerNorm(hidden_size, **dd)
         self.mlp_channels = nn.Sequential(
             nn.Linear(hidden_size, n_inner, **dd),
-            nn.GELU(),
+            _ACTIVATIONS[activation](),
             nn.Linear(n_inner, hidden_size, **dd),
             nn.Dropout(dropout),
         )
@@ -72,8 +80,8 @@ class Block(nn.Module):
         return x + self.mlp_channels(self.ln_2(x)), state
 
 
-class _Stack(nn.Module):
-    """Dropout, blocks, final norm; exists for the published names `transformer.*`."""
+class Stack(nn.Module):
+    """Dropout, blocks, final norm: the part that published names call `transformer.*`."""
 
     def __init__(self, blocks: list[Block], norm: nn.LayerNorm, dropout: float) -> None:
         super().__init__()
@@ -81,13 +89,34 @@ class _Stack(nn.Module):
         self.h = nn.ModuleList(blocks)
         self.ln_f = norm
 
+    @property
+    def blocks(self) -> list[Block]:
+        """The layers."""
+        return [block for block in self.h if isinstance(block, Block)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """All blocks, without dropout before and norm behind: (B, L, D) to (B, L, D)."""
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+    def draw(self, *, mixers: bool) -> None:
+        """GPT-2's initialisation of the MLPs, and of the mixers' Linears if asked for."""
+        for block in self.blocks:
+            for module in (block if mixers else block.mlp_channels).modules():
+                if isinstance(module, nn.Linear):
+                    nn.init.normal_(module.weight, std=0.02)
+                    if module.bias is not None:
+                        nn.init.zeros_(module.bias)
+
 
 class DecisionMamba(nn.Module):
     """Predict each action from the returns wanted, the states seen and the actions done.
 
     Args:
-        state_dim: Channels of a (flat) state, S.
-        act_dim: Channels of a continuous action, or the number of choices, A.
+        state_dim: Channels of a (flat) state, S; or the shape of an image, see `ImageEncoder`.
+        act_dim: Channels of a continuous action, or the number of options, A; or the options of
+            each of several choices made at once (`discrete`).
         hidden_size: Model channels, D.
         n_layer: Blocks.
         max_length: Steps of context the model is trained with, K; `forward` takes any number.
@@ -99,7 +128,12 @@ class DecisionMamba(nn.Module):
         remove_act_embs: Leave out action tokens: (R_1, s_1, R_2, s_2, ...).
         timestep_embedding: Add a learned vector per step of the episode to its tokens.
         action_tanh: End a continuous head with tanh, for actions in [-1, 1].
-        discrete: Actions are classes: the head returns A logits.
+        discrete: Actions are classes: the head returns A logits, those of several choices one
+            behind the other.
+        activation: Of the MLP, "gelu", or "relu" as in the gym Decision Transformer.
+        norm: Before the mixer, "layer", or "rms" as in the published variant `dmamba-min`.
+        auxiliary_heads: Also hold `predict_state` and `predict_return`, which the published
+            Decision Transformer has and its loss does not use; they are not run.
         init: "mamba" leaves each mixer its own initialisation; "official" redraws every Linear
             of the mixers from N(0, 0.02) with zero bias as the published model does, which
             wipes Mamba's step sizes (README, trap 2).
@@ -107,8 +141,9 @@ class DecisionMamba(nn.Module):
         dtype: Type of the parameters.
 
     Raises:
-        ValueError: a size is not positive, `init` is unknown, the mixer is unknown or not
-            causal: a mixer that reads later tokens would see the action it must predict.
+        ValueError: a size is not positive, `init`, `activation` or `norm` is unknown, several
+            choices are not discrete, or the mixer is unknown or not causal: one that reads
+            later tokens would see the action it must predict.
     """
 
     # reads the return that is asked for
@@ -116,8 +151,8 @@ class DecisionMamba(nn.Module):
 
     def __init__(
         self,
-        state_dim: int,
-        act_dim: int,
+        state_dim: int | Sequence[int],
+        act_dim: int | Sequence[int],
         hidden_size: int = 128,
         n_layer: int = 3,
         max_length: int = 20,
@@ -131,14 +166,18 @@ class DecisionMamba(nn.Module):
         timestep_embedding: bool = True,
         action_tanh: bool = True,
         discrete: bool = False,
+        activation: str = "gelu",
+        norm: str = "layer",
+        auxiliary_heads: bool = False,
         init: str = "mamba",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        self.state_shape, options = as_sizes(state_dim), as_sizes(act_dim)
         for name, size in (
-            ("state_dim", state_dim),
-            ("act_dim", act_dim),
+            ("state_dim", min(self.state_shape)),
+            ("act_dim", min(options)),
             ("hidden_size", hidden_size),
             ("n_layer", n_layer),
             ("max_length", max_length),
@@ -151,13 +190,23 @@ class DecisionMamba(nn.Module):
             raise ValueError(f"init must be 'mamba' or 'official', got {init!r}")
         if not mixer_info(mixer).causal:
             raise ValueError(f"mixer must be causal for an acting agent, got {mixer!r}")
+        for name, given, known in (
+            ("activation", activation, _ACTIVATIONS),
+            ("norm", norm, _NORMS),
+        ):
+            if given not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {given!r}")
+        if len(options) > 1 and not discrete:
+            raise ValueError(f"act_dim must be one number unless discrete, got {options}")
         inner = 4 * hidden_size if n_inner is None else n_inner
-        self.state_dim, self.act_dim, self.discrete = state_dim, act_dim, discrete
+        # options of each choice, where several are made at once
+        self.choices = options if len(options) > 1 else ()
+        self.act_dim, self.discrete = sum(options), discrete
         self.max_length, self.max_ep_len = max_length, max_ep_len
         self.remove_act_embs = remove_act_embs
         self.config: dict[str, object] = {
-            "state_dim": state_dim,
-            "act_dim": act_dim,
+            "state_dim": plain(self.state_shape),
+            "act_dim": plain(options),
             "hidden_size": hidden_size,
             "n_layer": n_layer,
             "max_length": max_length,
@@ -170,6 +219,9 @@ class DecisionMamba(nn.Module):
             "timestep_embedding": timestep_embedding,
             "action_tanh": action_tanh,
             "discrete": discrete,
+            "activation": activation,
+            "norm": norm,
+            "auxiliary_heads": auxiliary_heads,
             "init": init,
         }
         dd = {"device": device, "dtype": dtype}
@@ -180,29 +232,43 @@ class DecisionMamba(nn.Module):
                 mixer=mixer,
                 mixer_kwargs=mixer_kwargs or {},
                 dropout=dropout,
+                activation=activation,
+                norm=norm,
                 device=device,
                 dtype=dtype,
             )
             for _ in range(n_layer)
         ]
-        self.transformer = _Stack(blocks, nn.LayerNorm(hidden_size, **dd), dropout)
+        self.transformer = Stack(blocks, nn.LayerNorm(hidden_size, **dd), dropout)
         self.embed_timestep = (
             nn.Embedding(max_ep_len, hidden_size, **dd) if timestep_embedding else None
         )
         self.embed_return = nn.Linear(1, hidden_size, **dd)
-        self.embed_state = nn.Linear(state_dim, hidden_size, **dd)
-        self.embed_action = (nn.Embedding if discrete else nn.Linear)(act_dim, hidden_size, **dd)
+        self.embed_state = (
+            nn.Linear(self.state_shape[0], hidden_size, **dd)
+            if len(self.state_shape) == 1
+            else ImageEncoder(self.state_shape, hidden_size, **dd)
+        )
+        self.embed_action = (
+            ChoiceEmbedding(self.choices, hidden_size, **dd)
+            if self.choices
+            else (nn.Embedding if discrete else nn.Linear)(self.act_dim, hidden_size, **dd)
+        )
         self.embed_ln = nn.LayerNorm(hidden_size, **dd)
-        head: list[nn.Module] = [nn.Linear(hidden_size, act_dim, **dd)]
+        head: list[nn.Module] = [nn.Linear(hidden_size, self.act_dim, **dd)]
         if action_tanh and not discrete:
             head.append(nn.Tanh())
         self.predict_action = nn.Sequential(*head)
-        self._init_stack()
+        if auxiliary_heads:
+            self.predict_state = nn.Linear(hidden_size, self.state_shape[0], **dd)
+            self.predict_return = nn.Linear(hidden_size, 1, **dd)
+        # modules outside the stack keep PyTorch's defaults, as published
+        self.transformer.draw(mixers=init == "official")
 
     @property
     def recurrent(self) -> bool:
         """Whether `step` works: the mixer has a finite state."""
-        return self._blocks[0].mamba.recurrent
+        return self.transformer.blocks[0].mamba.recurrent
 
     def forward(
         self,
@@ -215,8 +281,9 @@ class DecisionMamba(nn.Module):
         """Predict the action of every step of a batch of windows.
 
         Args:
-            states: Normalised states, (B, K, S).
-            actions: Actions done, (B, K, A), or (B, K) int64 when discrete. The last is not read.
+            states: Normalised states, (B, K, S), or images (B, K, ...) divided by 255.
+            actions: Actions done, (B, K, A); when discrete (B, K) int64, or (B, K, M) of M
+                choices. The last is not read.
             returns_to_go: Scaled returns still to be earned, (B, K, 1).
             timesteps: Steps since the episode began, (B, K) int64.
             mask: True at real steps, (B, K) bool. Padding then changes nothing at real steps,
@@ -228,30 +295,29 @@ class DecisionMamba(nn.Module):
         Raises:
             ValueError: a shape does not fit the others.
         """
-        steps = self._check(states, actions, returns_to_go, timesteps, mask)
+        steps = check_inputs(self, states, actions, returns_to_go, timesteps, mask)
         order = None
         if mask is not None:
             # behind the real steps padding can change nothing, because every mixer is causal;
             # moving steps once is cheaper than masking in every block
             order = torch.argsort(~mask, dim=1, stable=True)
-            states, actions = _take_steps(states, order), _take_steps(actions, order)
-            returns_to_go = _take_steps(returns_to_go, order)
-            timesteps = _take_steps(timesteps, order)
+            states, actions = take_steps(states, order), take_steps(actions, order)
+            returns_to_go = take_steps(returns_to_go, order)
+            timesteps = take_steps(timesteps, order)
         tokens = [self.embed_return(returns_to_go), self.embed_state(states)]
         if not self.remove_act_embs:
             tokens.append(self.embed_action(actions))
         when = self._when(timesteps)
         x = torch.stack([token if when is None else token + when for token in tokens], dim=2)
         x = self.transformer.drop(self.embed_ln(x.flatten(1, 2)))  # (B, 3K, D)
-        for block in self._blocks:
-            x = block(x)
+        x = self.transformer(x)
         x = x.unflatten(1, (steps, len(tokens)))[:, :, 1]
         predictions = self.predict_action(self.transformer.ln_f(x))
-        return predictions if order is None else _take_steps(predictions, order.argsort(dim=1))
+        return predictions if order is None else take_steps(predictions, order.argsort(dim=1))
 
     def init_state(self, batch: int) -> list[MixerState]:
         """What `step` needs before the first step of `batch` episodes: a state per block."""
-        return [block.mamba.init_state(batch) for block in self._blocks]
+        return [block.mamba.init_state(batch) for block in self.transformer.blocks]
 
     def step(
         self,
@@ -293,7 +359,7 @@ class DecisionMamba(nn.Module):
         if first is not None:
             carried = [
                 _replace_rows(state, block.mamba.init_state(1), first)
-                for block, state in zip(self._blocks, carried, strict=True)
+                for block, state in zip(self.transformer.blocks, carried, strict=True)
             ]
         _, carried = self._advance(tokens[0], carried)
         x, carried = self._advance(tokens[1], carried)
@@ -302,56 +368,15 @@ class DecisionMamba(nn.Module):
     def _advance(self, token: Tensor, carried: list[MixerState]) -> tuple[Tensor, list[MixerState]]:
         x = self.transformer.drop(self.embed_ln(token))
         following = []
-        for block, state in zip(self._blocks, carried, strict=True):
+        for block, state in zip(self.transformer.blocks, carried, strict=True):
             x, state = block.step(x, state)
             following.append(state)
         return x, following
-
-    @property
-    def _blocks(self) -> list[Block]:
-        return [block for block in self.transformer.h if isinstance(block, Block)]
 
     def _when(self, timesteps: Tensor) -> Tensor | None:
         if self.embed_timestep is None:
             return None
         return self.embed_timestep(timesteps.clamp(max=self.max_ep_len - 1))
-
-    def _init_stack(self) -> None:
-        """GPT-2's draw inside the stack; modules outside keep PyTorch's defaults."""
-        for block in self._blocks:
-            part = block if self.config["init"] == "official" else block.mlp_channels
-            for module in part.modules():
-                if isinstance(module, nn.Linear):
-                    nn.init.normal_(module.weight, std=0.02)
-                    if module.bias is not None:
-                        nn.init.zeros_(module.bias)
-
-    def _check(
-        self,
-        states: Tensor,
-        actions: Tensor,
-        returns_to_go: Tensor,
-        timesteps: Tensor,
-        mask: Tensor | None,
-    ) -> int:
-        """Steps K of inputs that fit each other."""
-        if states.ndim != 3 or states.shape[2] != self.state_dim:
-            raise ValueError(f"states must be (B, K, {self.state_dim}), got {tuple(states.shape)}")
-        batch, steps, _ = states.shape
-        given = {"actions": actions, "returns_to_go": returns_to_go, "timesteps": timesteps}
-        shapes = {
-            "actions": (batch, steps) if self.discrete else (batch, steps, self.act_dim),
-            "returns_to_go": (batch, steps, 1),
-            "timesteps": (batch, steps),
-        }
-        if mask is not None:
-            given["mask"], shapes["mask"] = mask, (batch, steps)
-        for name, tensor in given.items():
-            if tensor.shape != shapes[name]:
-                raise ValueError(f"{name} must be {shapes[name]}, got {tuple(tensor.shape)}")
-        if mask is not None and mask.dtype != torch.bool:
-            raise ValueError(f"mask must be bool, got {mask.dtype}")
-        return steps
 
 
 def _replace_rows(state: MixerState, blank: MixerState, rows: Tensor) -> MixerState:
@@ -360,8 +385,3 @@ def _replace_rows(state: MixerState, blank: MixerState, rows: Tensor) -> MixerSt
         name: torch.where(rows.view(-1, *[1] * (value.ndim - 1)), blank[name], value)
         for name, value in state.items()
     }
-
-
-def _take_steps(values: Tensor, order: Tensor) -> Tensor:
-    """Steps (B, K, ...) in the order (B, K)."""
-    return values.take_along_dim(order.view(*order.shape, *[1] * (values.ndim - 2)), dim=1)

@@ -1,10 +1,23 @@
-"""Weights of the published gym model of Decision Mamba.
+"""Weights of the published models: Decision Mamba and Decision Transformer, gym and Atari.
 
-    load_official       checkpoint or state dict -> DecisionMamba, every size inferred
+    load_official       checkpoint or state dict -> model, its kind and sizes inferred
+    export_official     model -> state dict under the published names, which the published
+                        code loads strictly
     read_state_dict     open a checkpoint without running its pickle code
 
-The published checkpoint holds no normalisers, scale, context length or target: those belong to
-its data set and go into `Agent`.
+    kind                               told by                               becomes
+    gym Decision Mamba, `dmamba-min`   transformer.h.0.mamba.A_log           DecisionMamba
+    Atari Decision Mamba, `mamba-min`  blocks.0.mamba.A_log                  AtariDecisionMamba
+    gym Decision Transformer (1)       transformer.h.0.attn.c_attn.weight    DecisionMamba (2)
+    Atari Decision Transformer         blocks.0.attn.key.weight              AtariDecisionMamba (2)
+
+(1) also the one of the transformers library, under `encoder.`; (2) with the mixer "attention".
+
+A published checkpoint holds no normalisers, scale, context length or target: those belong to its
+data set and go into `Agent`.
+
+Sources: https://github.com/Toshihiro-Ota/decision-mamba/tree/35f99441975c47f8652f82e37b63998d360521e6
+https://github.com/kzl/decision-transformer/tree/e2d82e6
 """
 
 import os
@@ -16,14 +29,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from .atari import AtariDecisionMamba
 from .model import DecisionMamba
+from .official_names import KINDS, from_official, to_official
 
-_MARK = "transformer.h.0.mamba.A_log"
-_OTHERS = {
-    "blocks.0.mamba.A_log": "an Atari Decision Mamba",
-    "transformer.h.0.attn.c_attn.weight": "a gym Decision Transformer",
-    "blocks.0.attn.key.weight": "an Atari Decision Transformer",
-}
+Model = DecisionMamba | AtariDecisionMamba
 
 
 def load_official(
@@ -33,34 +43,62 @@ def load_official(
     dropout: float = 0.1,
     remove_act_embs: bool = False,
     action_tanh: bool = True,
-) -> DecisionMamba:
-    """Build the model that a published gym checkpoint belongs to, and load it strictly.
+    num_heads: int | None = None,
+) -> Model:
+    """Build the model that a published checkpoint belongs to, and load it strictly.
 
     Args:
         source: A state dict, a checkpoint dict with the key `state_dict`, or the path of
             either (`torch.save` or safetensors). A `module.` prefix is removed.
-        max_length: Context K, which the weights do not tell; 20 in the published runs.
+        max_length: Context K of a gym model, which the weights do not tell; 20 in the published
+            runs. An Atari model's is read from its positions.
         dropout: See `DecisionMamba`.
-        remove_act_embs: Trained without action tokens; the weights do not tell.
-        action_tanh: Trained with tanh at the end; the weights do not tell.
+        remove_act_embs: Gym model trained without action tokens; the weights do not tell.
+        action_tanh: Gym model trained with tanh at the end; the weights do not tell.
+        num_heads: Heads of an attention model, which the weights do not tell; None takes the
+            published 1 (gym) or 8 (Atari).
 
     Returns:
         The model, on the CPU, in evaluation mode.
 
     Raises:
-        ValueError: the weights are of another model.
+        ValueError: the weights are of none of these models, or not whole.
     """
     weights = read_state_dict(source)
-    model = DecisionMamba(
-        **_sizes(weights),
-        max_length=max_length,
-        dropout=dropout,
-        remove_act_embs=remove_act_embs,
-        action_tanh=action_tanh,
-        init="official",
-    )
-    model.load_state_dict(weights)
+    kind = next((kind for key, kind in KINDS.items() if key in weights), None)
+    if kind is None:
+        raise ValueError(
+            f"source must be a published model (one of the keys {', '.join(KINDS)}), "
+            f"got unknown weights with {sorted(weights)[:3]}"
+        )
+    sizes, renamed = from_official(kind, weights, num_heads)
+    if kind.startswith("atari"):
+        model: Model = AtariDecisionMamba(
+            **sizes, dropout=dropout, global_step="current", init="official"
+        )
+    else:
+        model = DecisionMamba(
+            **sizes,
+            max_length=max_length,
+            dropout=dropout,
+            remove_act_embs=remove_act_embs,
+            action_tanh=action_tanh,
+            init="official",
+        )
+    try:
+        model.load_state_dict(renamed)
+    except RuntimeError as error:
+        raise ValueError(f"source must be a whole {kind} checkpoint: {error}") from error
     return model.eval()
+
+
+def export_official(model: Model) -> dict[str, Tensor]:
+    """The weights under the published names, with the buffers that the published code expects.
+
+    Raises:
+        ValueError: no published model has this mixer.
+    """
+    return to_official(model)
 
 
 def read_state_dict(source: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str, Tensor]:
@@ -81,29 +119,3 @@ def read_state_dict(source: str | os.PathLike[str] | Mapping[str, Any]) -> dict[
     if not isinstance(content, Mapping) or not all(isinstance(v, Tensor) for v in content.values()):
         raise ValueError(f"source must hold a state dict of tensors, got {type(content).__name__}")
     return {str(name).removeprefix("module."): value for name, value in content.items()}
-
-
-def _sizes(weights: dict[str, Tensor]) -> dict[str, Any]:
-    """Constructor arguments that the shapes tell."""
-    if _MARK not in weights:
-        kind = next((kind for key, kind in _OTHERS.items() if key in weights), "unknown weights")
-        raise ValueError(f"source must be a gym Decision Mamba (key {_MARK!r}), got {kind}")
-    if "transformer.h.0.norm_mamba.bias" not in weights:
-        raise ValueError("source must have LayerNorms, got the 'dmamba-min' variant with RMSNorm")
-    hidden_size, state_dim = weights["embed_state.weight"].shape
-    inner, d_state = weights[_MARK].shape
-    layers = {name.split(".")[2] for name in weights if name.startswith("transformer.h.")}
-    return {
-        "state_dim": state_dim,
-        "act_dim": weights["embed_action.weight"].shape[1],
-        "hidden_size": hidden_size,
-        "n_layer": len(layers),
-        "max_ep_len": weights["embed_timestep.weight"].shape[0],
-        "n_inner": weights["transformer.h.0.mlp_channels.0.weight"].shape[0],
-        "mixer_kwargs": {
-            "d_state": d_state,
-            "d_conv": weights["transformer.h.0.mamba.conv1d.weight"].shape[2],
-            "expand": inner // hidden_size,
-            "dt_rank": weights["transformer.h.0.mamba.dt_proj.weight"].shape[1],
-        },
-    }

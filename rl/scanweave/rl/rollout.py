@@ -2,6 +2,7 @@
 
     Spaces        sizes and bounds that a model needs
     read_spaces   Gymnasium spaces -> Spaces
+    flatten_observations   environment -> environment with observations that a model reads
     make_envs     environment id -> vector environment
     play          vector environment + policy -> episodes per row
 
@@ -36,43 +37,99 @@ class Spaces:
     """What a model needs to know of an environment.
 
     Attributes:
-        state_dim: Channels of an observation, S.
-        act_dim: Channels of a continuous action or number of choices, A.
+        state_dim: Channels of an observation, S, or the shape of an image.
+        act_dim: Channels of a continuous action or number of options, A; or the options of each
+            of several choices.
         discrete: Actions are choices.
-        action_low: Lower bounds (A,), None when discrete.
-        action_high: Upper bounds (A,), None when discrete.
+        action_low: Lower bounds (A,), None when discrete or not bounded.
+        action_high: Upper bounds (A,), None when discrete or not bounded.
     """
 
-    state_dim: int
-    act_dim: int
+    state_dim: int | tuple[int, ...]
+    act_dim: int | tuple[int, ...]
     discrete: bool
     action_low: NDArray | None = None
     action_high: NDArray | None = None
 
 
 def read_spaces(
-    observation_space: gymnasium.Space[Any], action_space: gymnasium.Space[Any]
+    observation_space: gymnasium.Space[Any],
+    action_space: gymnasium.Space[Any],
+    *,
+    action_squash: bool = True,
 ) -> Spaces:
     """Sizes and bounds of a single environment's spaces.
 
+    Observations: a Box of uint8 with two or three axes is an image; everything else becomes a
+    flat vector (Dict, Tuple, Discrete and Boxes of several axes as `gymnasium.spaces.flatten`
+    does, which `make_envs` applies).
+
+    Args:
+        observation_space: Of one environment.
+        action_space: Of one environment: a flat Box, Discrete, MultiDiscrete or MultiBinary.
+        action_squash: Continuous actions have finite bounds, which the model's [-1, 1] is mapped
+            to. False: they have none, and the model's head is linear.
+
     Raises:
-        ValueError: observations are no flat Box, or actions neither a flat bounded Box nor a
-            Discrete that starts at 0.
+        ValueError: observations cannot be flattened; actions are of another kind, do not start
+            at 0, or are not bounded and `action_squash` is True.
     """
-    if not isinstance(observation_space, gymnasium.spaces.Box) or len(observation_space.shape) != 1:
-        raise ValueError(f"observation_space must be a flat Box, got {observation_space}")
-    state_dim = observation_space.shape[0]
-    if isinstance(action_space, gymnasium.spaces.Discrete):
+    state_dim = _read_observations(observation_space)
+    spaces = gymnasium.spaces
+    if isinstance(action_space, spaces.Discrete):
         if action_space.start != 0:
             raise ValueError(f"action_space must start at 0, got {action_space}")
         return Spaces(state_dim, int(action_space.n), discrete=True)
-    if not isinstance(action_space, gymnasium.spaces.Box) or len(action_space.shape) != 1:
-        raise ValueError(f"action_space must be a flat Box or Discrete, got {action_space}")
+    if isinstance(action_space, spaces.MultiDiscrete) and action_space.nvec.ndim == 1:
+        if np.any(action_space.start != 0):
+            raise ValueError(f"action_space must start at 0, got {action_space}")
+        return Spaces(state_dim, _options(action_space.nvec), discrete=True)
+    if isinstance(action_space, spaces.MultiBinary) and len(action_space.shape) == 1:
+        return Spaces(state_dim, _options(np.full(action_space.shape, 2)), discrete=True)
+    if not isinstance(action_space, spaces.Box) or len(action_space.shape) != 1:
+        raise ValueError(
+            f"action_space must be a flat Box, Discrete, MultiDiscrete or MultiBinary, "
+            f"got {action_space}"
+        )
+    if not action_squash:
+        return Spaces(state_dim, action_space.shape[0], discrete=False)
     if not action_space.is_bounded():
-        raise ValueError(f"action_space must be bounded, got {action_space}")
+        raise ValueError(
+            f"action_space must be bounded, or action_squash False, got {action_space}"
+        )
     return Spaces(
         state_dim, action_space.shape[0], False, action_space.low.copy(), action_space.high.copy()
     )
+
+
+def _options(counts: NDArray) -> int | tuple[int, ...]:
+    return int(counts[0]) if len(counts) == 1 else tuple(int(count) for count in counts)
+
+
+def _is_image(space: gymnasium.Space[Any]) -> bool:
+    box = isinstance(space, gymnasium.spaces.Box)
+    return box and space.dtype == np.uint8 and len(space.shape or ()) in (2, 3)
+
+
+def _is_vector(space: gymnasium.Space[Any]) -> bool:
+    return isinstance(space, gymnasium.spaces.Box) and len(space.shape) == 1
+
+
+def _read_observations(space: gymnasium.Space[Any]) -> int | tuple[int, ...]:
+    if _is_image(space):
+        return tuple(space.shape or ())
+    try:
+        return gymnasium.spaces.flatdim(space)
+    except (NotImplementedError, ValueError) as error:
+        raise ValueError(f"observation_space must be an image or flatten, got {space}") from error
+
+
+def flatten_observations(env: gymnasium.Env[Any, Any]) -> gymnasium.Env[Any, Any]:
+    """The environment with flat observations; images and vectors stay as they are."""
+    space = env.observation_space
+    if _is_image(space) or _is_vector(space):
+        return env
+    return gymnasium.wrappers.FlattenObservation(env)
 
 
 def make_envs(
@@ -82,7 +139,10 @@ def make_envs(
     autoreset_mode: AutoresetMode = AutoresetMode.NEXT_STEP,
     env_kwargs: dict[str, Any] | None = None,
 ) -> VectorEnv:
-    """`num_envs` copies of an environment, stepped one after the other in this process."""
+    """`num_envs` copies of an environment, stepped one after the other in this process.
+
+    Observations that are neither vectors nor images are flattened, see `read_spaces`.
+    """
     if num_envs < 1:
         raise ValueError(f"num_envs must be at least 1, got {num_envs}")
     return gymnasium.make_vec(
@@ -90,6 +150,7 @@ def make_envs(
         num_envs=num_envs,
         vectorization_mode="sync",
         vector_kwargs={"autoreset_mode": autoreset_mode},
+        wrappers=[flatten_observations],
         **(env_kwargs or {}),
     )
 
