@@ -158,7 +158,8 @@ def _vector_pair_kernel(
     dkeys = dot(tl.trans(weights), queries, DOT, PRECISION)
     if EXCLUSIVE:
         back = KEYS if REVERSE else -KEYS
-        inside = valid & (step > 0)
+        # in reverse, the token scanned before the last one is not there
+        inside = valid & ((place + 1 if REVERSE else place) < size) & (step > 0)
         near_keys = tl.load(
             keys_ptr + rows_at + back, mask=inside[:, None] & mask_k[None, :], other=0.0
         )
