@@ -161,7 +161,7 @@ def test_runs_are_made_once(tmp_path, monkeypatch):
         found = json.loads(results.read_text())
         assert set(found["seeds"]) == {"0", "1"}
         assert 0 <= found["seeds"]["1"]["test"]["ap"] <= 1
-        assert found["parameters"] == pytest.approx(9_000, rel=0.2)
+        assert found["parameters"] == pytest.approx(9_000, rel=0.3)
         monkeypatch.setattr(graph_job.script, "train", lambda *_: pytest.fail("trained again"))
         results.unlink()
         graph_job.main()

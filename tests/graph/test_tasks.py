@@ -135,11 +135,6 @@ def test_task_is_seen_from_the_labels(y, metric, expected):
     assert task.level == "graph"
 
 
-def test_better():
-    assert Task("graph", "regression", 1, "mae").better(0.1, 0.2)
-    assert Task("graph", "binary", 1, "auroc").better(0.2, 0.1)
-
-
 def test_refusals(monkeypatch):
     with pytest.raises(ValueError, match="metric must be one of mae for regression, got 'ap'"):
         Task("graph", "regression", 1, "ap")

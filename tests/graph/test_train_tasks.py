@@ -293,6 +293,19 @@ def test_files_are_kept_between_runs(tmp_path):
     assert "node_order" in links.train[0]
 
 
+def test_nodes_of_many_graphs(tmp_path):
+    """Every node has a label and no mask: batches are of graphs, targets of nodes."""
+    graphs = [two_communities(n) for n in (12, 20, 16, 14, 18, 12)]
+    task = Task("node", "multiclass", 2, "f1")
+    splits = GraphSplits(graphs[:4], graphs[4:5], graphs[5:], 4, None, 2, task)
+    settings = config(tmp_path, loop={"batch_size": 2, "epochs": 10})
+    batch = next(iter(make_loader(settings, splits, CPU)))
+    assert batch.y.numel() == batch.num_nodes
+    model, result = fit(settings, splits)
+    assert result.steps == 20
+    assert evaluate(model, splits.train, task=task)["f1"] > 0.8
+
+
 def test_many_graphs_have_no_links(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "digit_graphs", lambda coordinates: rings(12))
     with pytest.raises(ValueError, match="task must be graph or node for 12 graphs, got 'link'"):

@@ -75,10 +75,6 @@ class Task:
         total = (each * known).sum()
         return total if reduction == "sum" else total / known.sum().clamp(min=1)
 
-    def better(self, one: float, other: float) -> bool:
-        """Whether the metric `one` is better than `other`."""
-        return one < other if self.metric == "mae" else one > other
-
 
 class Meter:
     """Loss and metric over many batches, without waiting for the device until `compute`."""
