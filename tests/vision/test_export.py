@@ -197,17 +197,3 @@ def test_any_image_size(name: str, height: int, width: int) -> None:
         together = model(x)
         assert together.isfinite().all()
         torch.testing.assert_close(together, torch.cat([model(one[None]) for one in x]))
-
-
-@pytest.mark.filterwarnings("default")
-def test_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    onnx = pytest.importorskip("onnx")
-    pytest.importorskip("onnxscript")
-    readme = Path(__file__).parents[2] / "vision" / "README.md"
-    section = readme.read_text(encoding="utf-8").partition("## Loading and exporting\n")[2]
-    block = section.partition("```python\n")[2].partition("```")[0]
-    monkeypatch.chdir(tmp_path)
-    exec(compile(block, str(readme), "exec"), {})
-    model = onnx.load(tmp_path / "vim.onnx")
-    onnx.checker.check_model(model)
-    assert {node.domain for node in model.graph.node} == {""}
