@@ -74,9 +74,7 @@ def test_unknown_mixers_and_paths(name: str) -> None:
     """With those that exist."""
     with pytest.raises(ValueError, match=r"mixer must be one of .*mamba2.*, got 'mamba9'"):
         timm.create_model(name, mixer="mamba9")
-    with pytest.raises(
-        ValueError, match=r"path and window .* one of .*hilbert.*, got 'up'"
-    ):
+    with pytest.raises(ValueError, match=r"path and window .* one of .*hilbert.*, got 'up'"):
         timm.create_model(name, path="up")
     with pytest.raises(TypeError, match=r"does not take headz; it takes .*"):
         timm.create_model(name, mixer_args={"headz": 1})
