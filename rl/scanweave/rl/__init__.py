@@ -1,6 +1,7 @@
 """Decision Mamba agents for offline reinforcement learning.
 
-data        Episode, TrajectoryWindows, load_d4rl, episodes_from_trajectories, record_episodes
+data        Episode, TrajectoryWindows, load_episodes and the readers behind it
+recording   record_episodes, RecordEpisodes, save_d4rl, save_minari
 models      DecisionMamba, AtariDecisionMamba, load_official, BehaviourCloning
 acting      Agent: loss, reset, act, save, load
 measuring   evaluate_agent
@@ -25,9 +26,11 @@ from .data import (
     top_episodes,
 )
 from .evaluate import Evaluation, TargetResult, evaluate_agent
+from .minari_data import load_minari, save_minari
 from .model import DecisionMamba
 from .official import export_official, load_official
 from .record import record_episodes
+from .recorder import RecordEpisodes, RecordVectorEpisodes
 from .rollout import Spaces, make_envs, play, read_spaces
 from .scores import normalized_score, reference_returns
 from .sources import load_episodes
@@ -43,6 +46,8 @@ __all__ = [
     "DecisionMamba",
     "Episode",
     "Evaluation",
+    "RecordEpisodes",
+    "RecordVectorEpisodes",
     "Spaces",
     "TargetResult",
     "TrajectoryWindows",
@@ -56,6 +61,7 @@ __all__ = [
     "keep_batch",
     "load_d4rl",
     "load_episodes",
+    "load_minari",
     "load_official",
     "make_envs",
     "normalized_score",
@@ -65,6 +71,7 @@ __all__ = [
     "reference_returns",
     "return_statistics",
     "save_d4rl",
+    "save_minari",
     "state_statistics",
     "top_episodes",
 ]

@@ -106,7 +106,8 @@ def _options(counts: NDArray) -> int | tuple[int, ...]:
     return int(counts[0]) if len(counts) == 1 else tuple(int(count) for count in counts)
 
 
-def _is_image(space: gymnasium.Space[Any]) -> bool:
+def is_image(space: gymnasium.Space[Any]) -> bool:
+    """Whether observations of this space go through an image encoder."""
     box = isinstance(space, gymnasium.spaces.Box)
     return box and space.dtype == np.uint8 and len(space.shape or ()) in (2, 3)
 
@@ -116,7 +117,7 @@ def _is_vector(space: gymnasium.Space[Any]) -> bool:
 
 
 def _read_observations(space: gymnasium.Space[Any]) -> int | tuple[int, ...]:
-    if _is_image(space):
+    if is_image(space):
         return tuple(space.shape or ())
     try:
         return gymnasium.spaces.flatdim(space)
@@ -127,7 +128,7 @@ def _read_observations(space: gymnasium.Space[Any]) -> int | tuple[int, ...]:
 def flatten_observations(env: gymnasium.Env[Any, Any]) -> gymnasium.Env[Any, Any]:
     """The environment with flat observations; images and vectors stay as they are."""
     space = env.observation_space
-    if _is_image(space) or _is_vector(space):
+    if is_image(space) or _is_vector(space):
         return env
     return gymnasium.wrappers.FlattenObservation(env)
 
@@ -176,7 +177,7 @@ def play(
     Raises:
         ValueError: `envs` does not tell its autoreset mode, or a count is wrong.
     """
-    mode = _autoreset_mode(envs)
+    mode = autoreset_mode(envs)
     rows = envs.num_envs
     if episodes < 1:
         raise ValueError(f"episodes must be at least 1, got {episodes}")
@@ -235,7 +236,12 @@ def _cut(
     )
 
 
-def _autoreset_mode(envs: VectorEnv) -> AutoresetMode:
+def autoreset_mode(envs: VectorEnv) -> AutoresetMode:
+    """When the rows of a vector environment begin anew.
+
+    Raises:
+        ValueError: it does not tell.
+    """
     mode = envs.metadata.get("autoreset_mode")
     if mode is None:
         raise ValueError(
