@@ -140,6 +140,7 @@ def test_train_writes_what_it_returns(tmp_path, monkeypatch, splits):
     assert history[-1]["step"] == results["steps"] == 8
     assert json.loads((tmp_path / "run" / "results.json").read_text()) == results
     assert set(results["test"]) == set(results["val"]) == {"accuracy", "loss"}
+    assert (tmp_path / "run" / "curves.png").stat().st_size > 1000
 
 
 def test_run_can_be_resumed(tmp_path, splits):

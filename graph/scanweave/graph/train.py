@@ -42,6 +42,7 @@ from scanweave.core.training import (
     TrainResult,
     find_checkpoint,
     load_checkpoint,
+    plot_history,
 )
 
 from .batches import PackedGraphs, PartitionLoader, cut_by_order, first
@@ -300,7 +301,7 @@ def load(config: Config) -> GraphSplits:
 
 
 def train(config: Config, splits: GraphSplits | None = None) -> dict[str, Any]:
-    """Load the data, train, test; writes `results.json` into the run's folder.
+    """Load the data, train, test; writes `results.json` and `curves.png` into the run's folder.
 
     Args:
         config: Settings.
@@ -325,8 +326,9 @@ def train(config: Config, splits: GraphSplits | None = None) -> dict[str, Any]:
         "samples_per_second": result.samples_per_second,
     }
     if PartialState().is_main_process:
-        path = Path(config.train.output_dir) / "results.json"
-        path.write_text(json.dumps(summary, indent=1), encoding="utf-8")
+        folder = Path(config.train.output_dir)
+        plot_history(result.history, folder / "curves.png")
+        (folder / "results.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
     return {**summary, "history": result.history}
 
 
