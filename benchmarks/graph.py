@@ -131,7 +131,8 @@ class Run:
         self.rows.append(row)
         if self.out is not None:
             write_csv(self.out, self.where, [row])
-        shown = row.note if row.time_us is None else f"{row.time_us:,.0f} us, {row.peak_mb} MB"
+        time_ = time_of(row)
+        shown = row.note if time_ is None else f"{time_:,.0f} us, {row.peak_mb} MB"
         say(f"{row.shape} {row.passes} {row.implementation}: {shown}")
 
     def measure(self, op: str, batch: GraphBatch) -> None:
@@ -250,6 +251,11 @@ def _line(reason: Exception) -> str:
     return (str(reason).strip() or type(reason).__name__).splitlines()[0][:80]
 
 
+def time_of(row: Row) -> float | None:
+    """Microseconds: of kernels on a GPU, of the processor on a CPU that others use too."""
+    return row.kernel_us or row.cpu_us or row.median_us
+
+
 def exponents(rows: Sequence[Row], start: int = FITTED_NODES) -> list[tuple[str, str, str, float]]:
     """Slope of log value over log nodes by least squares: 1 is linear.
 
@@ -263,13 +269,13 @@ def exponents(rows: Sequence[Row], start: int = FITTED_NODES) -> list[tuple[str,
     found = []
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
-        if row.op == "graph_growth" and row.time_us is not None:
+        if row.op == "graph_growth" and time_of(row) is not None:
             groups.setdefault((row.implementation, row.passes), []).append(row)
     for (name, passes), group in groups.items():
         used = [row for row in group if row.length >= start]
         used = used if len(used) >= 3 else group[-3:]
-        for what, field in (("time", "time_us"), ("memory", "peak_mb")):
-            points = [(row.length, getattr(row, field)) for row in used]
+        for what, value in (("time", time_of), ("memory", lambda row: row.peak_mb)):
+            points = [(row.length, value(row)) for row in used]
             points = [(math.log(n), math.log(v)) for n, v in points if v]
             if len(points) > 1:
                 found.append((name, passes, what, _slope(points)))
@@ -285,10 +291,11 @@ def _slope(points: Sequence[tuple[float, float]]) -> float:
 
 def table(rows: Sequence[Row]) -> str:
     """Rows as they stand in the README: inference / training."""
+    times = "processor, ms" if any(row.cpu_us for row in rows) else "kernels, ms"
     header = [
         "batch",
         "implementation",
-        "kernels, ms",
+        times,
         "clock, ms",
         "graph, ms",
         "million nodes/s",
@@ -302,10 +309,10 @@ def table(rows: Sequence[Row]) -> str:
     for (shape, name), found in groups.items():
         cells = []
         kinds: tuple[Callable[[Row], float | None], ...] = (
-            lambda r: r.kernel_us and r.kernel_us / 1e3,
+            lambda r: (r.kernel_us or r.cpu_us or 0) / 1e3 or None,
             lambda r: r.median_us and r.median_us / 1e3,
             lambda r: r.graph_us and r.graph_us / 1e3,
-            lambda r: r.time_us and r.length / r.time_us,
+            lambda r: r.length / (time_of(r) or math.inf) or None,
             lambda r: r.peak_mb,
         )
         cells = [

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .graph import time_of
 from .plot import BLUE, GREY, PALE, STYLES, device_of
 from .report import Row, read_csv
 
@@ -24,7 +25,7 @@ def draw(rows: Sequence[Row], title: str) -> Any:
         ) from error
     groups: dict[tuple[str, str], dict[int, Row]] = {}
     for row in rows:
-        if row.op == "graph_growth" and row.time_us is not None:
+        if row.op == "graph_growth" and time_of(row) is not None:
             # of a repeated measurement the last
             groups.setdefault((row.implementation, row.passes), {})[row.length] = row
     if not groups:
@@ -34,11 +35,14 @@ def draw(rows: Sequence[Row], title: str) -> Any:
     panels = figure.subplots(1, 2)
     names = list(dict.fromkeys(name for name, _ in groups))
     looks = dict(zip(names, [(BLUE, "o"), *STYLES], strict=False))
-    fields = (("time_us", 1e-3, "milliseconds"), ("peak_mb", 1.0, "peak memory, MB"))
-    for axes, (field, scale, label) in zip(panels, fields, strict=True):
+    fields = (
+        (time_of, 1e-3, "milliseconds"),
+        (lambda row: row.peak_mb, 1.0, "peak memory, MB"),
+    )
+    for axes, (value_of, scale, label) in zip(panels, fields, strict=True):
         for (name, passes), found in groups.items():
             colour, marker = looks[name]
-            points = [(n, getattr(row, field)) for n, row in sorted(found.items())]
+            points = [(n, value_of(row)) for n, row in sorted(found.items())]
             points = [(n, scale * value) for n, value in points if value]
             training = "backward" in passes
             axes.plot(
@@ -67,8 +71,9 @@ def draw(rows: Sequence[Row], title: str) -> Any:
 def save(path: Path) -> Path:
     """Draw a CSV's rows into an SVG beside it."""
     rows = read_csv(path)
-    kinds = ", ".join(dict.fromkeys(row.dtype for row in rows if row.time_us is not None))
+    kinds = ", ".join(dict.fromkeys(row.dtype for row in rows if time_of(row)))
     out = path.with_suffix(".svg")
-    title = f"{device_of(path)}, {kinds}; times of kernels where they are known"
+    times = "processor" if any(row.cpu_us for row in rows) else "kernels"
+    title = f"{device_of(path)}, {kinds}; time of the {times}; grey: linear"
     draw(rows, title).savefig(out, metadata={"Date": None})
     return out
