@@ -4,10 +4,11 @@ Tokens are cut into chunks at natural positions of every sequence, whatever the 
 both directions share tiles: a reverse scan walks the chunks from the last to the first, and its
 masks and sums are mirrored. Nothing is flipped, padded or permuted in memory.
 
-    sums   log2 decays of a chunk added up to each token, itself included, in scan order
+    sums   log2 decays of a chunk added up to each token, in scan order, `sums_kernel.py`
     walk   the state that enters every chunk (or the gradient that leaves it), `walk_kernel.py`
     mix    outputs of a chunk from its own tokens and that state, `mix_kernel.py`
     pair   gradients of q, k, decays and factors, `pair_kernel.py`
+    short  outputs and gradients of a few chunks without states, `short_*.py`
 
 The gradient of v is a scan as well, from the other end, with q and k in each other's place: the
 flag BACK of `walk` and `mix`. No atomics: what several programs add to is partial results.
@@ -25,12 +26,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import LOG2_E, ceil_div, on_device, power_of_2
+from ..launch import ceil_div, power_of_2
 
 # steps of a chunk: with operands of 16 bits, and of 32, of which half as many fit in registers
 CHUNK, WIDE_CHUNK = 64, 32
-# heads of one program of the sums
-SUM_HEADS = 16
 # keys or values of a block, at least: Triton 3.6 and later compile products of 32 16-bit columns
 # for Hopper so that they read outside of shared memory (its issues 10573 and 11366)
 LEAST_BLOCK, LEAST_HALF_BLOCK = 16, 64
@@ -88,124 +87,6 @@ def dot(a, b, DOT: tl.constexpr, PRECISION: tl.constexpr):
     return tl.dot(a.to(DOT), b.to(DOT), input_precision=PRECISION)
 
 
-@triton.jit
-def _sums_of(
-    g_ptr,
-    w_ptr,
-    s_out,
-    w_out,
-    first,
-    place0,
-    size,
-    at,
-    offs_h,
-    heads,
-    stride_gl,
-    stride_gh,
-    stride_wl,
-    stride_wh,
-    REVERSE: tl.constexpr,
-    HAS_G: tl.constexpr,
-    HAS_W: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    step = tl.arange(0, CHUNK)
-    row = CHUNK - 1 - step if REVERSE else step
-    place = place0 + row
-    mask = (place < size)[:, None] & (offs_h < heads)[None, :]
-    token = (first + place)[:, None]
-    # (M, H, Q): a chunk of one head is adjacent for the other kernels
-    target = (at + offs_h)[None, :] * CHUNK + row[:, None]
-    keep = (offs_h < heads)[None, :] & (row >= 0)[:, None]
-    if HAS_G:
-        g = tl.load(g_ptr + token * stride_gl + offs_h[None, :] * stride_gh, mask=mask, other=0.0)
-        tl.store(s_out + target, tl.cumsum(g.to(tl.float32) * LOG2_E, 0), mask=keep)
-    if HAS_W:
-        w = tl.load(w_ptr + token * stride_wl + offs_h[None, :] * stride_wh, mask=mask, other=0.0)
-        tl.store(w_out + target, w.to(tl.float32), mask=keep)
-
-
-@triton.jit
-def _sums_kernel(
-    g0_ptr,
-    w0_ptr,
-    s0_ptr,
-    f0_ptr,
-    g1_ptr,
-    w1_ptr,
-    s1_ptr,
-    f1_ptr,
-    cu_ptr,
-    table_ptr,
-    chunks,
-    length,
-    heads,
-    stride_g0b,
-    stride_g0l,
-    stride_g0h,
-    stride_w0b,
-    stride_w0l,
-    stride_w0h,
-    stride_g1b,
-    stride_g1l,
-    stride_g1h,
-    stride_w1b,
-    stride_w1l,
-    stride_w1h,
-    DIRECTIONS: tl.constexpr,
-    REVERSE: tl.constexpr,
-    HAS_G: tl.constexpr,
-    HAS_W: tl.constexpr,
-    PACKED: tl.constexpr,
-    CHUNK: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
-    slot = tl.program_id(0).to(tl.int64)
-    _, batch, first, size, c = chunk_of(slot, cu_ptr, table_ptr, chunks, length, CHUNK, PACKED)
-    offs_h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    _sums_of(
-        g0_ptr + batch * stride_g0b,
-        w0_ptr + batch * stride_w0b,
-        s0_ptr,
-        f0_ptr,
-        first,
-        c * CHUNK,
-        size,
-        slot * heads,
-        offs_h,
-        heads,
-        stride_g0l,
-        stride_g0h,
-        stride_w0l,
-        stride_w0h,
-        REVERSE,
-        HAS_G,
-        HAS_W,
-        CHUNK,
-    )
-    if DIRECTIONS == 2:
-        _sums_of(
-            g1_ptr + batch * stride_g1b,
-            w1_ptr + batch * stride_w1b,
-            s1_ptr,
-            f1_ptr,
-            first,
-            c * CHUNK,
-            size,
-            slot * heads,
-            offs_h,
-            heads,
-            stride_g1l,
-            stride_g1h,
-            stride_w1l,
-            stride_w1h,
-            True,
-            HAS_G,
-            HAS_W,
-            CHUNK,
-        )
-
-
 class Frame(NamedTuple):
     """Chunks of all sequences, and what every kernel takes of them."""
 
@@ -251,50 +132,6 @@ class Direction(NamedTuple):
 def strides(v: Tensor | None, count: int) -> tuple[int, ...]:
     """The first strides of a tensor, zeros where there is none."""
     return (0,) * count if v is None else v.stride()[:count]
-
-
-def sums_of(
-    frame: Frame,
-    v: Tensor,
-    g: list[Tensor],
-    write: list[Tensor],
-    reverse: list[bool],
-) -> tuple[list[Tensor | None], list[Tensor | None]]:
-    """Running sums of log2 decays and factors of every direction, (M, H, Q) float32 each."""
-    count, heads = len(reverse), v.shape[2]
-
-    def buffers(given: list[Tensor]) -> list[Tensor | None]:
-        if not given:
-            return [None] * count
-        shape = (frame.slots, heads, frame.chunk)
-        return [torch.empty(shape, dtype=torch.float32, device=v.device) for _ in given]
-
-    sums, factors = buffers(g), buffers(write)
-    if frame.slots and (g or write):
-        last = count - 1
-        gs, ws = g or [None] * count, write or [None] * count
-        pointers = [gs[0], ws[0], sums[0], factors[0], gs[last], ws[last], sums[last]]
-        with on_device(v):
-            _sums_kernel[(frame.slots, ceil_div(heads, SUM_HEADS))](
-                # absent tensors are never read, but pointers are moved
-                *(v if p is None else p for p in (*pointers, factors[last])),
-                *frame.arguments(),
-                heads,
-                *strides(gs[0], 3),
-                *strides(ws[0], 3),
-                *strides(gs[last], 3),
-                *strides(ws[last], 3),
-                DIRECTIONS=count,
-                REVERSE=reverse[0],
-                HAS_G=bool(g),
-                HAS_W=bool(write),
-                PACKED=frame.cu_seqlens is not None,
-                CHUNK=frame.chunk,
-                BLOCK_H=SUM_HEADS,
-                num_warps=4,
-                enable_fp_fusion=True,
-            )
-    return sums, factors
 
 
 class Precision(NamedTuple):

@@ -7,8 +7,7 @@
 
 Both are one kernel: rows read columns, q and k in each other's place, the mask mirrored. Two
 directions share values and add their weights before one matrix product. q k^T is computed once
-for the heads of a program, which share a group. Of short sequences the chunks read each other
-directly, quadratic in their number, which saves the walk. Letters and flags: `kernels.py`.
+for the heads of a program, which share a group. Letters and flags: `kernels.py`.
 """
 # Triton's own language: constant branches, launch options
 # pyright: reportPossiblyUnboundVariable=false, reportCallIssue=false, reportArgumentType=false
@@ -28,7 +27,7 @@ from .kernels import (
     plan_of,
     strides,
 )
-from .tiles import chunk_from_others, chunk_from_state, chunk_weights, pair_products
+from .tiles import chunk_from_state, chunk_weights, pair_products
 
 
 @triton.jit
@@ -81,7 +80,6 @@ def _mix_kernel(
     HAS_W: tl.constexpr,
     HAS_SKIP: tl.constexpr,
     HAS_STATE: tl.constexpr,
-    FROM_OTHERS: tl.constexpr,
     PACKED: tl.constexpr,
     KEYS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -229,70 +227,6 @@ def _mix_kernel(
                     PRECISION,
                 )
                 out += reading1[:, None] * carried
-        if FROM_OTHERS:
-            at0 = ((slot - c) * heads + head) * CHUNK
-            v_at = v_ptr + batch * stride_vb + head * stride_vh
-            carried = chunk_from_others(
-                read0,
-                written0,
-                v_at,
-                s0_ptr + at0,
-                f0_ptr + at0,
-                first,
-                c,
-                size,
-                offs_v,
-                stride_r0l,
-                stride_w0l,
-                stride_vl,
-                heads * CHUNK,
-                REVERSE,
-                EXCLUSIVE,
-                SHIFT,
-                BACK,
-                HAS_G,
-                HAS_W,
-                KEYS,
-                WIDTH,
-                CHUNK,
-                BLOCK_K,
-                BLOCK_V,
-                KEY_BLOCKS,
-                DOT,
-                PRECISION,
-            )
-            out += reading0[:, None] * carried
-            if DIRECTIONS == 2:
-                carried = chunk_from_others(
-                    read1,
-                    written1,
-                    v_at,
-                    s1_ptr + at0,
-                    f1_ptr + at0,
-                    first,
-                    c,
-                    size,
-                    offs_v,
-                    stride_r1l,
-                    stride_w1l,
-                    stride_vl,
-                    heads * CHUNK,
-                    True,
-                    EXCLUSIVE,
-                    SHIFT,
-                    BACK,
-                    HAS_G,
-                    HAS_W,
-                    KEYS,
-                    WIDTH,
-                    CHUNK,
-                    BLOCK_K,
-                    BLOCK_V,
-                    KEY_BLOCKS,
-                    DOT,
-                    PRECISION,
-                )
-                out += reading1[:, None] * carried
         if HAS_SKIP:
             skip = tl.load(
                 skip_ptr + batch * stride_sb + (first + place) * stride_sl + head * stride_sh,
@@ -329,12 +263,8 @@ def mix(
     exclusive: bool,
     shift: bool,
     back: bool,
-    from_others: bool = False,
 ) -> Tensor:
-    """Outputs of all directions added, (B, L, H, V); going back the gradient of v.
-
-    With `from_others` a chunk reads the others token by token, for which it needs no states.
-    """
+    """Outputs of all directions added, (B, L, H, V); going back the gradient of v."""
     (batch, length, heads, width), dtype = v.shape, v.dtype
     out = torch.empty((batch, length, heads, width), dtype=dtype, device=v.device)
     if out.numel() == 0:
@@ -378,7 +308,6 @@ def mix(
             HAS_W=directions[0].factors is not None,
             HAS_SKIP=skip is not None,
             HAS_STATE=states is not None,
-            FROM_OTHERS=from_others,
             PACKED=frame.cu_seqlens is not None,
             KEYS=directions[0].q.shape[3],
             WIDTH=width,
