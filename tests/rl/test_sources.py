@@ -67,9 +67,7 @@ def test_npz(tmp_path):
     with pytest.raises(ValueError, match=r"set\.npz: must be a complete \.npz file"):
         read_npz(path)
     np.savez(path, **{**columns(), "rewards": np.full(7, np.nan)})
-    with pytest.raises(
-        ValueError, match=r"set\.npz: key 'rewards' must be finite, got nan at row 0"
-    ):
+    with pytest.raises(ValueError, match=r"set\.npz: key 'rewards' .* got nan at row 0"):
         read_npz(path)
     np.savez(path, observations=np.zeros((2, 1)))
     with pytest.raises(ValueError, match=r"set\.npz: must have key 'actions', got"):
@@ -88,7 +86,7 @@ def test_npz(tmp_path):
         ({**columns(), "observations": np.zeros((0, 3))}, "must hold at least one step, got none"),
         (
             {**columns(), "actions": np.zeros((7, 2, 2))},
-            r"key 'actions' must be \(N, A\) or \(N,\)",
+            r"'actions' must be \(N, A\) or",
         ),
     ],
 )
@@ -104,5 +102,5 @@ def test_scores():
     )
     assert reference_returns("maze2d-umaze-dense-v1") == (68.537689, 193.66285642381482)
     assert reference_returns("maze2d-umaze-v1") == (23.85, 161.86)
-    with pytest.raises(ValueError, match="name must begin with one of .*, got 'cartpole-v1'"):
+    with pytest.raises(ValueError, match=r"name must begin with one of .*, got 'cartpole-v1'"):
         reference_returns("cartpole-v1")

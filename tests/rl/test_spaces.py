@@ -66,14 +66,13 @@ def test_every_causal_mixer(mixer, tmp_path):
         np.testing.assert_allclose(recurrent, window, atol=1e-5)
     else:
         with pytest.raises(ValueError, match="mode must be 'window' for a mixer without a state"):
-            agent.act_mode = agent.reset(1.0, num_envs=2, mode="recurrent")
+            agent.reset(1.0, num_envs=2, mode="recurrent")
 
 
 @pytest.mark.parametrize("mixer", list_mixers(causal=False))
 def test_mixers_that_read_the_future_are_refused(mixer):
-    for build in (lambda: DecisionMamba(3, 1, 8, 1, mixer=mixer),):
-        with pytest.raises(ValueError, match=f"mixer must be causal .*, got '{mixer}'"):
-            build()
+    with pytest.raises(ValueError, match=f"mixer must be causal .*, got '{mixer}'"):
+        DecisionMamba(3, 1, 8, 1, mixer=mixer)
     with pytest.raises(ValueError, match=f"mixer must be causal .*, got '{mixer}'"):
         AtariDecisionMamba(2, hidden_size=8, n_layer=1, mixer=mixer)
 
@@ -105,7 +104,9 @@ def test_several_choices_at_once(cloning, tmp_path):
     )
     expected = sum(
         torch.nn.functional.cross_entropy(part.flatten(0, 1), answer.flatten())
-        for part, answer in zip(logits.split([3, 2, 4], -1), batch["actions"].unbind(-1))
+        for part, answer in zip(
+            logits.split([3, 2, 4], -1), batch["actions"].unbind(-1), strict=True
+        )
     )
     torch.testing.assert_close(loss, expected)
     agent = trained(agent.train(), episodes, length)
@@ -261,7 +262,7 @@ def test_spaces_that_are_refused():
             read_spaces(box, space)
     with pytest.raises(ValueError, match="observation_space must be an image or flatten"):
         read_spaces(spaces.Sequence(box), box)
-    with pytest.raises(ValueError, match="model must be one of .*, got 'GPT'"):
+    with pytest.raises(ValueError, match=r"model must be one of .*, got 'GPT'"):
         Agent.from_spaces(box, spaces.Discrete(2), model="GPT")
     for change, message in (
         ({"act_dim": (2, 3)}, r"act_dim must be one number unless discrete, got \(2, 3\)"),
@@ -270,7 +271,5 @@ def test_spaces_that_are_refused():
     ):
         with pytest.raises(ValueError, match=message):
             DecisionMamba(**{"state_dim": 3, "act_dim": 1, **change})
-    with pytest.raises(
-        ValueError, match=r"act_dim must be one number unless discrete, got \(2, 3\)"
-    ):
+    with pytest.raises(ValueError, match=r"act_dim must be one number unless .* \(2, 3\)"):
         BehaviourCloning(3, (2, 3))

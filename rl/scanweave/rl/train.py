@@ -44,7 +44,9 @@ from .agent import Agent
 from .cloning import BehaviourCloning
 from .data import Episode, TrajectoryWindows, clip_actions, keep_batch, top_episodes
 from .evaluate import Evaluation, evaluate_agent
+from .inputs import as_sizes
 from .model import DecisionMamba
+from .online import OnlineConfig, fine_tune
 from .plot import plot_targets
 from .record import record_episodes
 from .rollout import Spaces, make_envs, read_spaces
@@ -125,6 +127,8 @@ class Config:
     baselines: bool = True
     """Also train behaviour cloning on all data and on the best tenth."""
 
+    online: OnlineConfig = field(default_factory=OnlineConfig)
+    """Learning on from the agent's own episodes, after the recorded ones."""
     train: TrainConfig = field(default_factory=_train_defaults)
     """The training loop."""
 
@@ -160,7 +164,12 @@ def load_data(config: Config) -> tuple[list[Episode], Spaces]:
     found = _spaces_of(episodes)
     spaces = spaces or found
     # a choice that the data never makes is still one of the environment's
-    fits = found.act_dim <= spaces.act_dim if spaces.discrete else found.act_dim == spaces.act_dim
+    mine, theirs = as_sizes(found.act_dim), as_sizes(spaces.act_dim)
+    fits = len(mine) == len(theirs) and (
+        all(a <= b for a, b in zip(mine, theirs, strict=True))
+        if spaces.discrete
+        else mine == theirs
+    )
     if found.state_dim != spaces.state_dim or found.discrete != spaces.discrete or not fits:
         raise ValueError(
             f"dataset must fit {config.env_id} ({_sizes(spaces)}), got {_sizes(found)}"
@@ -270,14 +279,30 @@ def train(config: Config) -> dict[str, Any]:
     """Load or record, train agent and baselines, evaluate, write everything.
 
     Returns:
-        `evaluation` of the agent and `baselines` by name (Evaluation or None), `agent`,
-        `episodes` (statistics of the data), `steps` and `seconds` of training, `history`.
+        `evaluation` of the agent, `online` of the agent that learned on, and `baselines` by name
+        (Evaluation or None), `agent`, `episodes` (statistics of the data), `steps` and
+        `seconds` of the offline training, `history`.
     """
     episodes, spaces = load_data(config)
     folder = config.train.output_dir
     seed_everything(config.train.seed)
     model = build_model(config, spaces)
     agent, result, evaluation = fit(model, episodes, spaces, config, "agent")
+    measured: dict[str, Evaluation | None] = {"agent": evaluation}
+    if config.online.rounds:
+        measured["agent, online"] = fine_tune(
+            agent,
+            episodes,
+            config.online,
+            folder=folder / "online",
+            env_id=config.env_id,
+            env_kwargs=_env_kwargs(config),
+            eval_episodes=config.eval_episodes,
+            eval_seed=config.eval_seed,
+            seed=config.train.seed,
+            resume=config.train.resume,
+            overwrite=config.train.overwrite,
+        )
     baselines: dict[str, Evaluation | None] = {}
     if config.baselines:
         for name, share in (("BC", 1.0), ("10 % BC", 0.1)):
@@ -290,10 +315,11 @@ def train(config: Config) -> dict[str, Any]:
             )
             part = top_episodes(episodes, share)
             baselines[name] = fit(cloning, part, spaces, config, name.replace(" % ", "-"))[2]
-    _write(folder, evaluation, baselines)
+    _write(folder, {**measured, **baselines})
     return {
         "agent": agent,
         "evaluation": evaluation,
+        "online": measured.get("agent, online"),
         "baselines": baselines,
         "episodes": agent.config.data,
         "steps": result.steps,
@@ -317,21 +343,22 @@ def _sizes(spaces: Spaces) -> str:
 
 def _spaces_of(episodes: Sequence[Episode]) -> Spaces:
     """Spaces that the data itself shows."""
-    first = episodes[0]
+    shape = episodes[0].states.shape[1:]
+    state_dim = int(shape[0]) if len(shape) == 1 else shape
     actions = np.concatenate([episode.actions for episode in episodes])
-    if actions.ndim == 1:
-        return Spaces(first.states.shape[1], int(actions.max()) + 1, discrete=True)
+    if np.issubdtype(actions.dtype, np.integer):
+        options = np.atleast_1d(actions.max(axis=0)) + 1
+        counts = tuple(int(option) for option in options)
+        return Spaces(state_dim, counts[0] if actions.ndim == 1 else counts, discrete=True)
     low, high = actions.min(axis=0), actions.max(axis=0)
-    return Spaces(first.states.shape[1], actions.shape[1], False, low, high)
+    return Spaces(state_dim, actions.shape[1], False, low, high)
 
 
-def _write(
-    folder: Path, evaluation: Evaluation | None, baselines: dict[str, Evaluation | None]
-) -> None:
+def _write(folder: Path, everything: dict[str, Evaluation | None]) -> None:
     """evaluation.csv, evaluation.json and the picture of returns against targets."""
-    everything = {"agent": evaluation, **baselines}
     measured = {name: found for name, found in everything.items() if found is not None}
-    if evaluation is None or not measured:
+    evaluation = measured.get("agent")
+    if evaluation is None:
         return
     rows = [{"agent": name, **row} for name, found in measured.items() for row in found.rows()]
     with (folder / "evaluation.csv").open("w", encoding="utf-8", newline="") as file:
@@ -340,7 +367,7 @@ def _write(
         writer.writerows(rows)
     document = {name: found.document() for name, found in measured.items()}
     (folder / "evaluation.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
-    others = {name: found for name, found in measured.items() if name != "agent"}
+    others = {name: found for name, found in measured.items() if not name.startswith("agent")}
     plot_targets(evaluation, folder / "targets.png", others)
 
 
@@ -354,7 +381,8 @@ def main() -> None:
     if results["evaluation"] is None:
         return
     table = Table("agent", "return asked for", "mean return", "± over episodes", "episodes")
-    for name, found in {"agent": results["evaluation"], **results["baselines"]}.items():
+    everything = {"agent": results["evaluation"], "agent, online": results["online"]}
+    for name, found in {**everything, **results["baselines"]}.items():
         for row in found.rows() if found else ():
             target = "" if row["target"] is None else f"{row['target']:.1f}"
             table.add_row(
