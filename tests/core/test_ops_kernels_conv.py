@@ -31,6 +31,7 @@ ALL: dict[str, Any] = {"return_final_state": True}
 HALVES = pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=lambda d: str(d)[6:])
 # the interpreter computes with NumPy, which warns where a GPU does not
 OVERFLOWS = pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")
+PACES = (conv_kernels.FORWARD, conv_kernels.BACKWARD)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -47,10 +48,18 @@ def _only_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(*_: object, **__: object) -> None:
         raise AssertionError("the op left the Triton kernels")
 
+    backward = portable.conv_backward
+
+    def of_states(dy: Tensor, x: Tensor, weight: Tensor, *rest: Any) -> list[Tensor]:
+        """Only the first W - 1 steps, which meet an initial state."""
+        if x.shape[1] >= weight.shape[1]:
+            refused()
+        return backward(dy, x, weight, *rest)
+
     monkeypatch.setattr(portable, "conv_forward", refused)
+    monkeypatch.setattr(portable, "conv_backward", of_states)
 
 
-# the backward kernel is for calls without a state; with one, only outputs come from a kernel
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("width", [1, 2, 4, 7, conv_kernels.MAX_WIDTH])
 def test_convolution(assert_near: Check, device: str, width: int, reverse: bool):
@@ -131,7 +140,8 @@ def test_convolution_long_spans(
             dtype=torch.float32,
             device=device,
         )
-        assert conv_kernels._grid(inputs["x"], conv_kernels.FORWARD_ROWS).span == 40
+        spans = [conv_kernels._grid(inputs["x"], 4, p).span for p in PACES]
+        assert spans == [32, 76]
         options = {"activation": "silu", "reverse": reverse, "cu_seqlens": cu, **ALL}
         compare(assert_near, causal_conv1d, conv_ref, inputs, **options)
 

@@ -1,8 +1,8 @@
 """Gradients of the short convolution in Triton. Equations: `reference.py` and `portable.py`.
 
 Walks as `forward_kernel.py` does, W - 1 steps further, and keeps the gradients of W sums c in
-registers as well. Gradients of taps and bias are one partial sum a program, added by a kernel of
-their own in an order that does not change.
+registers as well. The next rows are loaded before the present ones are used. Gradients of taps and
+bias are one partial sum a program, added by a kernel of their own in an order that does not change.
 """
 
 # Triton's own language: constant branches, static ranges, launch options
@@ -15,7 +15,16 @@ import triton
 import triton.language as tl
 
 from ..launch import sigmoid
-from .forward_kernel import load_rows, load_taps, owners_of
+from .forward_kernel import (
+    in_float32,
+    load_raw,
+    load_rows,
+    load_taps,
+    owners_of,
+    position_of,
+    state_row,
+    with_state,
+)
 
 
 # one compilation serves all lengths
@@ -24,6 +33,8 @@ def backward_kernel(
     x_ptr,
     weight_ptr,  # (D, W)
     bias_ptr,
+    state_ptr,  # (S, W - 1, D)
+    cu_ptr,  # (S + 1,)
     sequence_ptr,  # (T,)
     dy_ptr,
     dx_ptr,
@@ -40,6 +51,7 @@ def backward_kernel(
     WIDTH: tl.constexpr,
     LEFT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_STATE: tl.constexpr,
     PACKED: tl.constexpr,
     REVERSE: tl.constexpr,
     SILU: tl.constexpr,
@@ -70,17 +82,24 @@ def backward_kernel(
     # c[t] meets x[t - LEFT .. t + RIGHT], and x[u] has met c[u - RIGHT .. u + LEFT]
     begin = start - RIGHT
     window = load_rows(x_ptr, begin - LEFT, tokens, AHEAD * stride_xl, offs_d, mask_d, WIDTH - 1)
+    if HAS_STATE and not PACKED:
+        window = with_state(window, state_ptr, pid_b, begin, dim, offs_d, mask_d, WIDTH)
     before = ()
     dtaps = ()
     for j in tl.static_range(WIDTH):
         if j > 0:
             before = before + (tl.zeros([BLOCK_D], tl.float32),)
         dtaps = dtaps + (tl.zeros([BLOCK_D], tl.float32),)
+    stride_x = AHEAD * stride_xl
+    stride_y = AHEAD * stride_yl
+    x_next = load_raw(x_ptr, begin + RIGHT, tokens, stride_x, offs_d, mask_d, BLOCK_L)
+    y_next = load_raw(dy_ptr, begin, tokens, stride_y, offs_d, mask_d, BLOCK_L)
     for first in range(begin, stop + LEFT, BLOCK_L):
-        rows = window + load_rows(
-            x_ptr, first + RIGHT, tokens, AHEAD * stride_xl, offs_d, mask_d, BLOCK_L
-        )
-        dcs = before + load_rows(dy_ptr, first, tokens, AHEAD * stride_yl, offs_d, mask_d, BLOCK_L)
+        rows = window + in_float32(x_next, BLOCK_L)
+        dcs = before + in_float32(y_next, BLOCK_L)
+        ahead = first + BLOCK_L
+        x_next = load_raw(x_ptr, ahead + RIGHT, tokens, stride_x, offs_d, mask_d, BLOCK_L)
+        y_next = load_raw(dy_ptr, ahead, tokens, stride_y, offs_d, mask_d, BLOCK_L)
         if PACKED:
             # those of the steps first - (W - 1) .. first + BLOCK_L - 1 + RIGHT
             owners = owners_of(
@@ -90,11 +109,17 @@ def backward_kernel(
         for i in tl.static_range(BLOCK_L):
             step = first + i
             dc = dcs[i + WIDTH - 1]
+            if PACKED and HAS_STATE:
+                own = owners[i + WIDTH - 1]
+                position = position_of(cu_ptr, own, origin + AHEAD * step, REVERSE)
             near = ()
             for j in tl.static_range(WIDTH):
                 row = rows[i + j]
                 if PACKED and j != LEFT:
                     row = tl.where(owners[i + j + RIGHT] == owners[i + WIDTH - 1], row, 0.0)
+                if PACKED and HAS_STATE and j < LEFT:
+                    early = LEFT - j - position
+                    row += state_row(state_ptr, own, early, dim, offs_d, mask_d, WIDTH)
                 near = near + (row,)
             if SILU:
                 c = bias

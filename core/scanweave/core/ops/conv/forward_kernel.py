@@ -18,16 +18,30 @@ from ..launch import sigmoid
 
 
 @triton.jit
-def load_rows(ptr, first, tokens, stride, offs_d, mask_d, COUNT: tl.constexpr):
-    """The rows of COUNT steps from `first`, 0 outside the tokens."""
+def load_raw(ptr, first, tokens, stride, offs_d, mask_d, COUNT: tl.constexpr):
+    """The rows of COUNT steps from `first` in their own dtype, 0 outside the tokens."""
     rows = ()
     for i in tl.static_range(COUNT):
         step = first + i
         inside = (step >= 0) & (step < tokens)
         at = ptr + step.to(tl.int64) * stride + offs_d
-        row = tl.load(at, mask=tl.where(inside, mask_d, False), other=0.0)
-        rows = rows + (row.to(tl.float32),)
+        rows = rows + (tl.load(at, mask=tl.where(inside, mask_d, False), other=0.0),)
     return rows
+
+
+@triton.jit
+def in_float32(raw, COUNT: tl.constexpr):
+    """COUNT rows in float32."""
+    rows = ()
+    for i in tl.static_range(COUNT):
+        rows = rows + (raw[i].to(tl.float32),)
+    return rows
+
+
+@triton.jit
+def load_rows(ptr, first, tokens, stride, offs_d, mask_d, COUNT: tl.constexpr):
+    """As `load_raw`, in float32."""
+    return in_float32(load_raw(ptr, first, tokens, stride, offs_d, mask_d, COUNT), COUNT)
 
 
 @triton.jit
@@ -53,7 +67,7 @@ def load_taps(weight_ptr, offs_d, mask_d, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _state_row(state_ptr, sequence, early, dim, offs_d, mask_d, WIDTH: tl.constexpr):
+def state_row(state_ptr, sequence, early, dim, offs_d, mask_d, WIDTH: tl.constexpr):
     """The input `early` steps before a sequence's first; 0 if that is none of W - 1."""
     inside = (sequence >= 0) & (early > 0) & (early < WIDTH)
     row = sequence.to(tl.int64) * (WIDTH - 1) + (WIDTH - 1) - early
@@ -62,13 +76,24 @@ def _state_row(state_ptr, sequence, early, dim, offs_d, mask_d, WIDTH: tl.conste
 
 
 @triton.jit
-def _position(cu_ptr, sequence, token, REVERSE: tl.constexpr):
+def position_of(cu_ptr, sequence, token, REVERSE: tl.constexpr):
     """Steps from the first one of a sequence to a token's."""
     known = sequence >= 0
     if REVERSE:
         return tl.load(cu_ptr + sequence + 1, mask=known, other=0).to(tl.int64) - 1 - token
     else:
         return token - tl.load(cu_ptr + sequence, mask=known, other=0).to(tl.int64)
+
+
+@triton.jit
+def with_state(window, state_ptr, sequence, start, dim, offs_d, mask_d, WIDTH: tl.constexpr):
+    """The W - 1 rows before step `start`, those before the first step from a state."""
+    rows = ()
+    for i in tl.static_range(WIDTH - 1):
+        early = WIDTH - 1 - i - start
+        row = state_row(state_ptr, sequence, early, dim, offs_d, mask_d, WIDTH)
+        rows = rows + (window[i] + row,)
+    return rows
 
 
 # one compilation serves all lengths
@@ -120,12 +145,7 @@ def forward_kernel(
     # rows LEFT steps before the output's to RIGHT - 1 after it
     window = load_rows(x_ptr, start - LEFT, tokens, AHEAD * stride_xl, offs_d, mask_d, WIDTH - 1)
     if HAS_STATE and not PACKED:
-        older = ()
-        for i in tl.static_range(WIDTH - 1):
-            early = LEFT - i - start
-            row = _state_row(state_ptr, pid_b, early, dim, offs_d, mask_d, WIDTH)
-            older = older + (window[i] + row,)
-        window = older
+        window = with_state(window, state_ptr, pid_b, start, dim, offs_d, mask_d, WIDTH)
     for first in range(start, stop, BLOCK_L):
         rows = window + load_rows(
             x_ptr, first + RIGHT, tokens, AHEAD * stride_xl, offs_d, mask_d, BLOCK_L
@@ -136,7 +156,7 @@ def forward_kernel(
             step = first + i
             if PACKED and HAS_STATE:
                 own = owners[i + LEFT]
-                position = _position(cu_ptr, own, origin + AHEAD * step, REVERSE)
+                position = position_of(cu_ptr, own, origin + AHEAD * step, REVERSE)
             c = bias
             for j in tl.static_range(WIDTH):
                 row = rows[i + j]
@@ -144,7 +164,7 @@ def forward_kernel(
                     row = tl.where(owners[i + j] == owners[i + LEFT], row, 0.0)
                 if PACKED and HAS_STATE and j < LEFT:
                     early = LEFT - j - position
-                    row += _state_row(state_ptr, own, early, dim, offs_d, mask_d, WIDTH)
+                    row += state_row(state_ptr, own, early, dim, offs_d, mask_d, WIDTH)
                 c += row * taps[j]
             if SILU:
                 c *= sigmoid(c)

@@ -65,8 +65,7 @@ def _backward(
     reverse: bool,
     silu: bool,
 ) -> list[Tensor]:
-    # a state's gradient is for training on cut sequences only: not worth a kernel
-    fused = on_kernels(x, weight, bias) and weight.shape[1] <= kernels.MAX_WIDTH and state is None
+    fused = on_kernels(x, weight, bias, state) and weight.shape[1] <= kernels.MAX_WIDTH
     native = not fused and compiled.takes((dy, x, weight, bias, state))
     code = kernels if fused else compiled if native else portable
     return code.conv_backward(dy, x, weight, bias, state, cu_seqlens, left, reverse, silu)
