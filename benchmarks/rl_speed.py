@@ -159,9 +159,8 @@ def rows(
     agent = make_agent(device=device)
     for mode in MODES:
         for envs in counts:
-            few = calls if envs < 256 else max(3, calls // 8)
-            if envs >= 256 and mode == "window":
-                few = 3
+            # a call for many rows is long, and its time varies less
+            few = calls if envs == 1 else max(3, calls // (4 if envs < 256 else 16))
             seconds, held = measure_acting(agent, mode, envs, calls=few, clock=clock)
             yield row(f"act: {mode}", envs, seconds, held)
     for mixer in ("mamba", "attention", "mamba2", "gated_cnn"):

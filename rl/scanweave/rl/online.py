@@ -193,8 +193,9 @@ def _play(
             low, high = agent.action_low.cpu().numpy(), agent.action_high.cpu().numpy()
             spread = config.noise * (high - low) / 2
         noise = (spread * rng.standard_normal(actions.shape)).astype(np.float32)
-        last = np.clip(actions + noise, low, high)
-        return last
+        played = np.clip(actions + noise, low, high)
+        last = played
+        return played
 
     envs = make_envs(env_id, config.episodes, env_kwargs=env_kwargs)
     try:

@@ -151,7 +151,8 @@ def make_envs(
         num_envs=num_envs,
         vectorization_mode="sync",
         vector_kwargs={"autoreset_mode": autoreset_mode},
-        wrappers=[flatten_observations],
+        # may be no wrapper: gymnasium only calls it
+        wrappers=[flatten_observations],  # pyright: ignore[reportArgumentType]
         **(env_kwargs or {}),
     )
 

@@ -61,10 +61,10 @@ class ImageEncoder(nn.Sequential):
         )
         self.shape, self.channels, self.channels_last = sizes, channels, last
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Images (..., *shape), pixels divided by 255, to (..., D)."""
-        batch = images.shape[: -len(self.shape)]
-        flat = images.reshape(-1, *self.shape)
+        batch = input.shape[: -len(self.shape)]
+        flat = input.reshape(-1, *self.shape)
         if len(self.shape) == 2:
             flat = flat.unsqueeze(1)
         elif self.channels_last:
