@@ -8,6 +8,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,6 +48,7 @@ def record_episodes(
     seed: int = 0,
     num_envs: int = 64,
     controller: Controller | None = None,
+    env_kwargs: dict[str, Any] | None = None,
 ) -> list[Episode]:
     """Let differently good players play one episode each.
 
@@ -60,6 +62,7 @@ def record_episodes(
         seed: Seed of players, noise and environments.
         num_envs: Environments side by side.
         controller: Policy family.
+        env_kwargs: Arguments of the environment.
 
     Returns:
         Episodes; `meta` holds `env_id`, `seed`, `level` (0 is the good player).
@@ -81,7 +84,7 @@ def record_episodes(
     recorded: list[Episode] = []
     for start in range(0, episodes, num_envs):
         part = slice(start, min(start + num_envs, episodes))
-        envs = make_envs(env_id, part.stop - start)
+        envs = make_envs(env_id, part.stop - start, env_kwargs=env_kwargs)
         spaces = read_spaces(envs.single_observation_space, envs.single_action_space)
         players = _Players(controller, parameters[part], spaces, action_noise, rng)
         recorded += [row[0] for row in play(envs, players, seeds=seeds[part].tolist())]
