@@ -7,6 +7,9 @@ import torch
 from torch_geometric import EdgeIndex
 from torch_geometric.utils import to_torch_coo_tensor, to_torch_csc_tensor, to_torch_csr_tensor
 
+from scanweave.core.ops import checks
+from scanweave.graph import GraphMamba
+from scanweave.graph.mixing import shared_sequences
 from scanweave.graph.packing import (
     count_nodes,
     edges_of,
@@ -92,6 +95,22 @@ def test_split_gives_every_layer_its_own():
     for part, rows in zip(split_sequences(whole, 3), ties.split(2), strict=True):
         alone = pack_nodes([scores], rows, BATCH, counts)
         assert all(a.equal(b) for a, b in zip(part, alone, strict=True))
+
+
+@pytest.mark.parametrize("buckets", [1, 3])
+def test_borders_are_not_read_back(buckets, random_graphs, monkeypatch):
+    # a read would make the host wait for a GPU, in every layer
+    x, edges, batch = random_graphs([6, 0, 9], channels=8)
+    model = GraphMamba(8, 8, 2, 3, mixer="mamba", num_perms=2, buckets=buckets).double()
+
+    def refuse(self):
+        raise AssertionError(f"{self.shape} was read")
+
+    monkeypatch.setattr(torch.Tensor, "tolist", refuse)
+    for own in shared_sequences(model.convs, x, edges, batch, 3, None):
+        checks.check_cu_seqlens_values(own.cu_seqlens, 30)
+        with pytest.raises(AssertionError, match="was read"):
+            checks.check_cu_seqlens_values(own.cu_seqlens.clone(), 30)
 
 
 def test_nothing_to_pack():

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch_geometric.typing import Adj, OptTensor
 
 from scanweave.core import Mixer, create_mixer
+from scanweave.core.ops.checks import trust_cu_seqlens
 
 from .ordering import Order, hash_bits, tie_noise
 from .orders import order_name, resolve_order
@@ -170,7 +171,12 @@ def stacked_sequences(
             raise ValueError(
                 f"{name} must give one score per node: got {tuple(score.shape)} for {nodes} nodes"
             )
-    return split_sequences(pack_nodes(scores, ties, batch, counts, buckets), len(layers))
+    made = split_sequences(pack_nodes(scores, ties, batch, counts, buckets), len(layers))
+    if not torch.compiler.is_compiling():
+        for sequences in made:
+            # sums of lengths are what they should be: no op has to wait for the device to see that
+            trust_cu_seqlens(sequences.cu_seqlens, perms * nodes)
+    return made
 
 
 def shared_sequences(

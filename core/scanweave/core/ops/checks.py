@@ -83,6 +83,15 @@ def check_cu_seqlens_values(cu_seqlens: Tensor, length: int) -> None:
         _READ_CU_SEQLENS[cu_seqlens] = key
 
 
+def trust_cu_seqlens(cu_seqlens: Tensor, length: int) -> None:
+    """Say that the values are right, so that no op reads them back from a device.
+
+    For those who have just computed them from lengths; wrong values crash kernels.
+    """
+    if not cu_seqlens.is_inference():
+        _READ_CU_SEQLENS[cu_seqlens] = (cu_seqlens._version, length)
+
+
 def computing_dtype(*tensors: Tensor | None) -> torch.dtype:
     """float64 if any tensor is, else float32: what states and sums are kept in."""
     double = any(t is not None and t.dtype == torch.float64 for t in tensors)
