@@ -103,7 +103,9 @@ METHODS: dict[str, Method] = {
 }
 
 
-def settings(name: str, method: str, seed: int, *, folder: Path, data_dir: Path, steps: int):
+def settings(
+    name: str, method: str, seed: int, *, folder: Path, data_dir: Path, steps: int
+) -> Config:
     """Settings of one run of the training script.
 
     Args:

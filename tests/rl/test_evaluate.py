@@ -1,10 +1,14 @@
 """Evaluation: figures that depend on seeds and targets, not on how rows are batched."""
 
+import json
+import sys
+
 import numpy as np
 import pytest
 import torch
 
 from scanweave.rl import Agent, AgentConfig, BehaviourCloning, DecisionMamba, evaluate_agent
+from scanweave.rl.evaluate import main
 from scanweave.rl.plot import plot_targets
 
 
@@ -75,3 +79,27 @@ def test_picture(agent, tmp_path):
     assert path.read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match="evaluation must be of an agent that takes targets"):
         plot_targets(cloning, path)
+
+
+def test_drawn_actions_repeat_with_the_seed(agent):
+    one = evaluate_agent(agent, episodes=2, deterministic=False)
+    state = torch.get_rng_state()
+    two = evaluate_agent(agent, episodes=2, deterministic=False)
+    assert [r.returns for r in one.results] == [r.returns for r in two.results]
+    assert torch.equal(torch.get_rng_state(), state)
+    sure = evaluate_agent(agent, episodes=2)
+    assert [r.returns for r in one.results] != [r.returns for r in sure.results]
+
+
+def test_command_line(agent, tmp_path, monkeypatch, capsys):
+    agent.save(tmp_path / "agent")
+    options = (
+        f"--agent {tmp_path}/agent --targets 30 --episodes 2 --max-episode-steps 9 --score hopper "
+        f"--json {tmp_path}/out/found.json"
+    )
+    monkeypatch.setattr(sys, "argv", ["evaluate", *options.split()])
+    main()
+    assert "seeds 10000 to 10001; " in capsys.readouterr().out
+    document = json.loads((tmp_path / "out" / "found.json").read_text())
+    assert max(document["results"][0]["lengths"]) <= 9
+    assert document["results"][0]["target"] == 30.0

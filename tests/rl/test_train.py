@@ -63,6 +63,10 @@ def test_evaluation_during_training_picks_the_best(config):
     final = results["evaluation"]
     assert rows[-1]["eval/best_return"] == pytest.approx(final.best.mean)
     assert rows[-1]["eval/return_-900"] == pytest.approx(final.results[0].mean)
+    document = json.loads((config.train.output_dir / "evaluation.json").read_text())
+    best = max(rows, key=lambda row: row["eval/best_return"])
+    assert document["best evaluation"]["step"] == best["step"]
+    assert document["best evaluation"]["best_return"] == best["eval/best_return"]
 
 
 @pytest.fixture

@@ -3,22 +3,27 @@
     TargetResult     returns and lengths of the episodes at one target
     Evaluation       all targets, with the seeds and versions that make the figures repeatable
     evaluate_agent   agent + environment id -> Evaluation
+    main             `python -m scanweave.rl.evaluate --agent runs/rl/agent/agent`
 
 Every (target, seed) pair is one row of a vector environment and plays one episode, so all
 targets run in one batch and the figures do not depend on how many rows run side by side.
 """
 
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from .agent import Agent
 from .rollout import make_envs, play
+from .scores import normalized_score
 
 
 @dataclass(frozen=True)
@@ -102,12 +107,13 @@ def evaluate_agent(
     seed: int = 10_000,
     num_envs: int = 128,
     mode: str | None = None,
+    deterministic: bool = True,
     env_kwargs: dict[str, Any] | None = None,
 ) -> Evaluation:
     """Play episodes at every target and collect the returns.
 
     Args:
-        agent: Acts deterministically.
+        agent: What plays.
         env_id: Gymnasium environment; `agent.config.env_id` when None.
         targets: Returns to ask for; `agent.config.targets` when None. An agent that takes no
             target is played once.
@@ -115,6 +121,8 @@ def evaluate_agent(
         seed: Episode i is reset with seed + i.
         num_envs: Most environments side by side.
         mode: See `Agent.reset`; `agent.config.mode` when None.
+        deterministic: False draws discrete actions from the agent's distribution, as the Atari
+            papers do, under `seed`; figures then depend on `num_envs`.
         env_kwargs: Arguments of the environment, `max_episode_steps` for one without a limit.
 
     Raises:
@@ -140,9 +148,12 @@ def evaluate_agent(
         agent.reset([target for target, _ in part], num_envs=len(part), mode=mode)
 
         def act(states: NDArray, rewards: NDArray, fresh: NDArray) -> NDArray:
-            return agent.act(states, rewards, fresh)
+            return agent.act(states, rewards, fresh, deterministic=deterministic)
 
-        played += [row[0] for row in play(envs, act, seeds=[number for _, number in part])]
+        with torch.random.fork_rng(enabled=not deterministic):
+            if not deterministic:
+                torch.manual_seed(seed + start)
+            played += [row[0] for row in play(envs, act, seeds=[number for _, number in part])]
         envs.close()
     seconds = time.perf_counter() - began
     results = [
@@ -164,6 +175,76 @@ def evaluate_agent(
     )
 
 
+@dataclass
+class Config:
+    """Arguments of `python -m scanweave.rl.evaluate`."""
+
+    agent: Path
+    """Folder with `agent.safetensors`."""
+    env_id: str = ""
+    """Environment; the agent's own where empty."""
+    targets: tuple[float, ...] = ()
+    """Returns to ask for; the agent's own where empty."""
+    episodes: int = 20
+    """Per target."""
+    seed: int = 10_000
+    """Of the first episode; the others count on."""
+    num_envs: int = 128
+    """Most environments side by side."""
+    mode: str = ""
+    """How the agent remembers; its own where empty."""
+    max_episode_steps: int = 0
+    """Time limit to play under, where it is not the environment's own."""
+    sample: bool = False
+    """Draw discrete actions instead of taking the likeliest."""
+    score: str = ""
+    """D4RL data set or family, for normalised scores beside the returns."""
+    json: Path | None = None
+    """File for everything: every episode's return, seeds and versions."""
+    device: str = "cpu"
+    """Where the agent computes."""
+
+
+def main() -> None:
+    """Read arguments, play, show a table."""
+    try:
+        import tyro
+    except ImportError as error:
+        raise ImportError(
+            "scanweave.rl.evaluate needs tyro: pip install 'scanweave[train]'"
+        ) from error
+    from rich.console import Console
+    from rich.table import Table
+
+    config = tyro.cli(Config)
+    limit = config.max_episode_steps
+    found = evaluate_agent(
+        Agent.load(config.agent, config.device),
+        config.env_id or None,
+        targets=config.targets or None,
+        episodes=config.episodes,
+        seed=config.seed,
+        num_envs=config.num_envs,
+        mode=config.mode or None,
+        deterministic=not config.sample,
+        env_kwargs={"max_episode_steps": limit} if limit else None,
+    )
+    columns = ["return asked for", "mean return", "± over episodes", "mean length", "episodes"]
+    table = Table(*columns, *(["D4RL score"] if config.score else []), title=found.env_id)
+    for row, result in zip(found.rows(), found.results, strict=True):
+        asked = "" if result.target is None else f"{result.target:g}"
+        cells = [asked, f"{result.mean:.1f}", f"{result.std:.1f}", f"{row['length']:.0f}"]
+        cells.append(str(len(result.returns)))
+        if config.score:
+            cells.append(f"{float(normalized_score(config.score, result.mean)):.1f}")
+        table.add_row(*cells)
+    versions = ", ".join(f"{name} {number}" for name, number in found.versions.items())
+    Console().print(table, f"seeds {found.seeds[0]} to {found.seeds[-1]}; {versions}")
+    if config.json:
+        config.json.parent.mkdir(parents=True, exist_ok=True)
+        config.json.write_text(json.dumps(found.document(), indent=1), encoding="utf-8")
+
+
 def _versions() -> dict[str, str]:
     found = {}
     for package in ("scanweave", "torch", "numpy", "gymnasium", "mujoco"):
@@ -172,3 +253,7 @@ def _versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+if __name__ == "__main__":
+    main()

@@ -315,12 +315,14 @@ def train(config: Config) -> dict[str, Any]:
             )
             part = top_episodes(episodes, share)
             baselines[name] = fit(cloning, part, spaces, config, name.replace(" % ", "-"))[2]
-    _write(folder, {**measured, **baselines})
+    best = {"step": result.best_step, **result.best_metrics} if result.best_step else None
+    _write(folder, {**measured, **baselines}, best)
     return {
         "agent": agent,
         "evaluation": evaluation,
         "online": measured.get("agent, online"),
         "baselines": baselines,
+        "best": best,
         "episodes": agent.config.data,
         "steps": result.steps,
         "seconds": result.seconds,
@@ -354,7 +356,9 @@ def _spaces_of(episodes: Sequence[Episode]) -> Spaces:
     return Spaces(state_dim, actions.shape[1], False, low, high)
 
 
-def _write(folder: Path, everything: dict[str, Evaluation | None]) -> None:
+def _write(
+    folder: Path, everything: dict[str, Evaluation | None], best: dict[str, float] | None
+) -> None:
     """evaluation.csv, evaluation.json and the picture of returns against targets."""
     measured = {name: found for name, found in everything.items() if found is not None}
     evaluation = measured.get("agent")
@@ -365,7 +369,10 @@ def _write(folder: Path, everything: dict[str, Evaluation | None]) -> None:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    document = {name: found.document() for name, found in measured.items()}
+    document: dict[str, Any] = {name: found.document() for name, found in measured.items()}
+    if best is not None:
+        # of the evaluations on the way; everything else is of the last weights
+        document["best evaluation"] = best
     (folder / "evaluation.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
     others = {name: found for name, found in measured.items() if not name.startswith("agent")}
     plot_targets(evaluation, folder / "targets.png", others)

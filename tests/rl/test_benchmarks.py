@@ -1,0 +1,101 @@
+"""The table of agents and the measurement of speed: every set, every method, at toy size."""
+
+import argparse
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from benchmarks import rl_job, rl_speed, rl_table
+from benchmarks.rl_models import METHODS, SETS, settings
+
+from scanweave.rl.train import build_model, load_data
+
+
+def options(data_dir: Path, **changed):
+    given = {
+        "data_dir": data_dir,
+        "sets": list(SETS),
+        "methods": list(METHODS),
+        "seeds": 2,
+        "steps": 3,
+    }
+    return argparse.Namespace(**{**given, **changed})
+
+
+@pytest.fixture
+def pendulum(tmp_path):
+    """A file as the shared set's, of two episodes."""
+    rng = np.random.default_rng(0)
+    ends = np.arange(20) % 10 == 9
+    (tmp_path / "rl_pendulum").mkdir()
+    np.savez(
+        tmp_path / SETS["Pendulum replay"].source,
+        observations=rng.standard_normal((20, 3)),
+        actions=rng.uniform(-2, 2, (20, 1)),
+        rewards=-rng.random(20),
+        terminals=np.zeros(20, bool),
+        timeouts=ends,
+    )
+    return tmp_path
+
+
+def test_jobs_are_of_sets_that_are_there(pendulum):
+    jobs = rl_table.jobs(options(pendulum))
+    recorded = [name for name in SETS if not SETS[name].source]
+    assert {job.dataset for job in jobs} == {"Pendulum replay", *recorded}
+    assert len(jobs) == 2 * (1 + len(recorded)) * len(METHODS)
+    assert [job.seed for job in jobs] == sorted(job.seed for job in jobs)
+
+
+def test_methods_differ_in_what_is_compared_only(pendulum):
+    configs = {
+        name: settings("Pendulum replay", name, 0, folder=pendulum, data_dir=pendulum, steps=3)
+        for name in METHODS
+    }
+    assert (
+        len({(c.train.batch_size, c.train.lr, c.context, c.targets) for c in configs.values()}) == 1
+    )
+    assert configs["DecisionMamba official"].init == "official"
+    assert configs["DecisionMamba official"].pad_mode == "official"
+    spaces = load_data(configs["DecisionMamba"])[1]
+    sizes = {
+        name: sum(p.numel() for p in build_model(config, spaces).parameters())
+        for name, config in configs.items()
+        if not METHODS[name].share and name != "DecisionMamba official"
+    }
+    # equal widths; mixers hold what they hold
+    assert max(sizes.values()) < 1.5 * min(sizes.values()), sizes
+
+
+@pytest.mark.parametrize("method", ["DecisionMamba official", "10 % BC"])
+def test_one_run(pendulum, method):
+    found = rl_job.run(
+        "Pendulum replay", method, 1, folder=pendulum / "run", data_dir=pendulum, steps=2
+    )
+    assert found["steps"] == 2
+    returns = found["evaluation"]["results"]
+    assert found["return"] == pytest.approx(np.mean(returns[0]["returns"]))
+    assert found["best"] >= found["return"]
+    assert len(returns) == (1 if method == "10 % BC" else 3)
+
+
+def test_speed_at_toy_size():
+    found = list(rl_speed.rows([1, 2], calls=3, clock=time.process_time))
+    assert [row.what for row in found if row.envs == 2] == [f"act: {m}" for m in rl_speed.MODES]
+    assert {row.what for row in found if not row.envs} == {
+        f"update: {mixer}" for mixer in ("mamba", "attention", "mamba2", "gated_cnn")
+    }
+    assert all(row.per_second > 0 for row in found)
+
+
+@pytest.mark.parametrize("mode", rl_speed.MODES)
+def test_memory_of_an_environment_is_constant_in_its_length(mode):
+    agent = rl_speed.make_agent()
+    held = []
+    for steps in (1, 30):
+        agent.reset(num_envs=2, mode=mode)
+        for t in range(steps):
+            agent.act(np.zeros((2, rl_speed.STATE)), np.zeros(2) if t else None)
+        held.append(rl_speed.held_bytes(agent._memory))
+    assert held[0] == held[1] > 0
