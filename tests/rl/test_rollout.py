@@ -105,12 +105,13 @@ def test_spaces():
     assert (spaces.state_dim, spaces.act_dim, spaces.discrete) == (3, 1, False)
     assert spaces.action_low == [-2]
     assert read_spaces(flat, choice(4)).act_dim == 4
-    with pytest.raises(ValueError, match="observation_space must be a flat Box, got Discrete"):
-        read_spaces(choice(3), flat)
+    assert read_spaces(choice(3), flat).state_dim == 3
+    with pytest.raises(ValueError, match="observation_space must be an image or flatten, got Seq"):
+        read_spaces(gymnasium.spaces.Sequence(flat), flat)
     with pytest.raises(ValueError, match="action_space must start at 0"):
         read_spaces(flat, choice(3, start=1))
-    with pytest.raises(ValueError, match="action_space must be a flat Box or Discrete"):
-        read_spaces(flat, gymnasium.spaces.MultiBinary(3))
+    with pytest.raises(ValueError, match="action_space must be a flat Box, Discrete, Multi"):
+        read_spaces(flat, gymnasium.spaces.Text(3))
     with pytest.raises(ValueError, match="action_space must be bounded"):
         read_spaces(flat, box(-np.inf, np.inf, (2,)))
 
