@@ -37,6 +37,10 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"d_state": 4, "headdim": 4, "ngroups": 2, "is_outproj_norm": True},
         {"d_state": 2, "headdim": 2, "rope_fraction": 1.0, "dt_min": 0.5, "dt_max": 2.0},
     ],
+    "rg_lru": [
+        {"d_conv": 1, "headdim": 2, "decay_range": (0.3, 0.6)},
+        {"d_conv": 3, "expand": 2, "headdim": 1},
+    ],
 }
 Case = tuple[str, dict[str, Any]]
 

@@ -15,6 +15,7 @@ from .hydra import Hydra
 from .mamba import BiMamba, Mamba
 from .mamba2 import Mamba2
 from .mamba3 import Mamba3
+from .rg_lru import RGLRUBlock
 
 __all__ = [
     "Attention",
@@ -28,6 +29,7 @@ __all__ = [
     "Mamba3",
     "Mixer",
     "MixerInfo",
+    "RGLRUBlock",
     "State",
     "create_mixer",
     "list_mixers",
