@@ -41,6 +41,8 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"d_conv": 1, "headdim": 2, "decay_range": (0.3, 0.6)},
         {"d_conv": 3, "expand": 2, "headdim": 1},
     ],
+    "retnet": [{"num_heads": 2}, {"num_heads": 1, "expand": 0.5, "eps": 1e-3}],
+    "retnet_bidirectional": [{"num_heads": 2, "expand": 1}],
 }
 Case = tuple[str, dict[str, Any]]
 

@@ -15,6 +15,7 @@ from .hydra import Hydra
 from .mamba import BiMamba, Mamba
 from .mamba2 import Mamba2
 from .mamba3 import Mamba3
+from .retention import BidirectionalRetNet, RetNet
 from .rg_lru import RGLRUBlock
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "BiMamba",
     "BidirectionalAttention",
     "BidirectionalGatedCNN",
+    "BidirectionalRetNet",
     "GatedCNN",
     "Hydra",
     "Mamba",
@@ -30,6 +32,7 @@ __all__ = [
     "Mixer",
     "MixerInfo",
     "RGLRUBlock",
+    "RetNet",
     "State",
     "create_mixer",
     "list_mixers",
