@@ -27,6 +27,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"d_state": 3, "d_conv": 1, "headdim": 4, "ngroups": 2, "bias": True},
         {"d_state": 2, "d_conv": 3, "expand": 1, "headdim": 2, "conv_bias": False},
     ],
+    "lru": [{"d_state": 3, "glu": False}, {"d_state": 1, "r_min": 0.9, "r_max": 0.99}],
     "mamba": [{"d_state": 3, "d_conv": 2, "dt_rank": 4, "conv_bias": False}, {"d_conv": 1}],
     "mamba2": [
         {"d_state": 3, "d_conv": 2, "headdim": 4, "ngroups": 2, "conv_bias": False},
@@ -65,6 +66,11 @@ def build(case: Case, dtype: torch.dtype = torch.float64, dim: int = DIM) -> Mix
 
 def draw(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64).to(dtype)
+
+
+def as_real(v: Tensor) -> Tensor:
+    """Real and imaginary parts of complex numbers."""
+    return torch.view_as_real(v.resolve_conj()) if v.is_complex() else v
 
 
 def copied(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -231,12 +237,12 @@ def test_matrix_maps_values_to_outputs(assert_near: Check, case: Case):
     values, outputs = mixer.core(x)
     matrix = mixer.matrix(x)
     assert matrix.shape == (*values.shape[:2], 9, 9)
-    assert_near(matrix @ values, outputs)
+    assert_near(as_real(matrix @ values), as_real(outputs))
     if mixer.causal:
         assert not matrix.triu(1).any()
     single = build(case, torch.float32)
     x = x.float()
-    assert_near(single.matrix(x) @ single.core(x)[0], single.core(x)[1])
+    assert_near(as_real(single.matrix(x) @ single.core(x)[0]), as_real(single.core(x)[1]))
 
 
 @cases()
@@ -255,7 +261,8 @@ def test_gradients_by_finite_differences(case: Case):
 def test_state_gradients_by_finite_differences(case: Case):
     mixer = build(case, dim=4)
     _, state = mixer(draw(2, 3, 4), return_state=True)
-    floating = {k: v.detach().requires_grad_() for k, v in state.items() if v.is_floating_point()}
+    smooth = {k: v for k, v in state.items() if v.is_floating_point() or v.is_complex()}
+    floating = {k: v.detach().requires_grad_() for k, v in smooth.items()}
     rest = {k: v for k, v in state.items() if k not in floating}
     x = draw(2, 3, 4)
 

@@ -12,6 +12,7 @@ from .base import (
 )
 from .gated_cnn import BidirectionalGatedCNN, GatedCNN
 from .hydra import Hydra
+from .lru import LRU
 from .mamba import BiMamba, Mamba
 from .mamba2 import Mamba2
 from .mamba3 import Mamba3
@@ -19,6 +20,7 @@ from .retention import BidirectionalRetNet, RetNet
 from .rg_lru import RGLRUBlock
 
 __all__ = [
+    "LRU",
     "Attention",
     "BiMamba",
     "BidirectionalAttention",
