@@ -80,7 +80,7 @@ def test_initial_values():
         assert all(torch.isfinite(p).all() for p in ring.parameters())
     half = create_mixer("lru", 8, dtype=torch.bfloat16).state_dict()
     kept = {k for k, v in half.items() if v.dtype == torch.float32}
-    assert kept == {"nu_log", "theta_log", "gamma_log"}
+    assert kept == {"nu_log", "theta_log", "gamma_log", "D"}
 
 
 def test_parameters():

@@ -36,7 +36,7 @@ class LRU(Mixer):
         max_phase: Largest phase of lambda at initialisation, in radians.
         glu: Gate the output after a GELU, as the paper's blocks do; without it the mixer is linear.
         device: Of the parameters.
-        dtype: Of the parameters; nu_log, theta_log and gamma_log keep at least float32.
+        dtype: Of the parameters; D, nu_log, theta_log and gamma_log keep at least float32.
 
     Raises:
         ValueError: a size is not positive, or the ring is not within the unit circle.
@@ -75,13 +75,13 @@ class LRU(Mixer):
         self.B_im = nn.Parameter(torch.empty(states, d_model, **dd))
         self.C_re = nn.Parameter(torch.empty(d_model, states, **dd))
         self.C_im = nn.Parameter(torch.empty(d_model, states, **dd))
-        self.D = nn.Parameter(torch.empty(d_model, **dd))
+        self.D = nn.Parameter(torch.empty(d_model, device=device, dtype=full))
         self.glu = nn.Linear(d_model, 2 * d_model, **dd) if glu else None
-        keep_from_decay(self.nu_log, self.theta_log, self.gamma_log, self.D)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draw every parameter anew: lambda uniform in the ring's area, states of unit variance."""
+        keep_from_decay(self.nu_log, self.theta_log, self.gamma_log, self.D)
         with torch.no_grad():
             square = torch.empty_like(self.nu_log).uniform_(self.r_min**2, self.r_max**2)
             square.clamp_(SMALLEST, 1 - SMALLEST)

@@ -56,10 +56,10 @@ class RGLRU(nn.Module):
         self.input_gate_bias = nn.Parameter(torch.empty(blocks, block, **dd))
         self.recurrent_gate_weight = nn.Parameter(torch.empty(blocks, block, block, **dd))
         self.recurrent_gate_bias = nn.Parameter(torch.empty(blocks, block, **dd))
-        keep_from_decay(self.recurrent_param, self.input_gate_bias, self.recurrent_gate_bias)
 
     def reset_parameters(self) -> None:
         """Draw every parameter anew: squared decays uniform, gates of unit variance."""
+        keep_from_decay(self.recurrent_param, self.input_gate_bias, self.recurrent_gate_bias)
         low, high = self.decay_range
         std = self.input_gate_weight.shape[-1] ** -0.5
         with torch.no_grad():
@@ -84,8 +84,10 @@ class RGLRU(nn.Module):
         dtype = computing_dtype(w, self.recurrent_param)
         weight = torch.cat([self.input_gate_weight, self.recurrent_gate_weight], -1)
         bias = torch.cat([self.input_gate_bias, self.recurrent_gate_bias], -1)
-        blocks = w.unflatten(-1, (weight.shape[0], weight.shape[1]))
-        gates = torch.einsum("...hp,hpq->...hq", blocks, weight).to(dtype) + bias.to(dtype)
+        # a product for every block; einsum would bind the batch's size when exported
+        blocks = w.flatten(0, -2).unflatten(-1, (weight.shape[0], weight.shape[1])).transpose(0, 1)
+        gates = torch.bmm(blocks, weight).transpose(0, 1).to(dtype) + bias.to(dtype)
+        gates = gates.unflatten(0, w.shape[:-1])
         i, r = (gate.flatten(-2) for gate in torch.sigmoid(gates).chunk(2, -1))
         log_a = -DECAY_SCALE * F.softplus(self.recurrent_param.to(dtype)) * r
         rest = -torch.expm1(2 * log_a)

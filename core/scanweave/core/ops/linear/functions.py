@@ -32,7 +32,9 @@ def _check_log_a(log_a: object, x: Tensor, tokens: int) -> None:
     channels = tuple(x.shape[tokens:])
     if not isinstance(log_a, Tensor):
         raise ValueError(f"log_a must be a tensor, got {type(log_a).__name__}")
-    if tuple(log_a.shape) not in (channels, tuple(x.shape)):
+    # the rank decides first: an exporter would compare a batch with channels
+    wanted = tuple(x.shape) if log_a.ndim == x.ndim else channels
+    if log_a.ndim != len(wanted) or tuple(log_a.shape) != wanted:
         raise ValueError(
             f"log_a must be {channels} for constant decays or {tuple(x.shape)} as x is, "
             f"got {tuple(log_a.shape)}"
