@@ -24,7 +24,6 @@ A run refuses a folder that holds another one: `--train.overwrite`, or another `
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -40,9 +39,9 @@ from torch_geometric.typing import WITH_PYG_LIB, WITH_TORCH_SPARSE
 from scanweave.core.training import (
     Trainer,
     TrainResult,
-    find_checkpoint,
     load_checkpoint,
     plot_history,
+    script_settings,
 )
 
 from .batches import PackedGraphs, PartitionLoader, cut_by_order, first
@@ -56,7 +55,7 @@ from .tasks import Meter, Task
 __all__ = ["Config", "build_model", "evaluate", "fit", "main", "predict", "train"]
 
 # settings that may differ between a run and its continuation
-_FREE = ("data_dir", "cache_dir", "download", "train")
+_FREE = ("data_dir", "cache_dir", "download")
 
 
 def predict(model: nn.Module, batch: Data | Batch, pairs: Tensor | None = None) -> Tensor:
@@ -166,8 +165,7 @@ def fit(config: Config, splits: GraphSplits) -> tuple[nn.Module, TrainResult]:
     model = build_model(config, splits)
     task, device = splits.target, _device(config)
     loader = make_loader(config, splits, device)
-    extra = {k: v for k, v in json.loads(_as_json(config)).items() if k != "train"}
-    _check_same_settings(config, extra)
+    extra = script_settings(config, _FREE)
 
     def loss(model: nn.Module, batch: Any) -> Tensor:
         return task.loss(*scored(task, model, batch))
@@ -249,24 +247,6 @@ def _device(config: Config) -> torch.device:
     kind = torch.accelerator.current_accelerator()
     assert kind is not None
     return torch.device(kind.type, int(os.environ.get("LOCAL_RANK", "0")))
-
-
-def _as_json(config: Config) -> str:
-    return json.dumps(asdict(config), default=str)
-
-
-def _check_same_settings(config: Config, now: dict[str, Any]) -> None:
-    """The loop compares its own settings; these are ours."""
-    folder = config.train.output_dir
-    if not config.train.resume or find_checkpoint(folder) is None:
-        return
-    then = json.loads((folder / "config.json").read_text(encoding="utf-8"))["extra"]
-    for name, value in now.items():
-        if name not in _FREE and then.get(name, value) != value:
-            raise ValueError(
-                f"{name} must be {then[name]} as in {folder} to resume, got {value}; to change it, "
-                "train in another output_dir"
-            )
 
 
 def load(config: Config) -> GraphSplits:

@@ -27,7 +27,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +46,10 @@ from scanweave.core.training import (
     TrainConfig,
     Trainer,
     TrainResult,
-    find_checkpoint,
     load_checkpoint,
     param_groups,
     plot_history,
+    script_settings,
     seed_everything,
 )
 
@@ -66,7 +66,7 @@ from .in_memory import hold_eval, hold_train
 from .settings import Config
 
 # settings that may differ between a run and its continuation
-_FREE = ("data_dir", "download", "eval_batch_size", "train", "recipe", "init_checkpoint")
+_FREE = ("data_dir", "download", "eval_batch_size", "recipe", "init_checkpoint")
 
 
 def _model_args(config: Config) -> dict[str, Any]:
@@ -219,8 +219,7 @@ def fit(
         num_workers=config.train.num_workers,
     )
     config = replace(config, train=_scaled(config, loader))
-    extra = {k: v for k, v in json.loads(_as_json(config)).items() if k != "train"}
-    _check_same_settings(config, extra)
+    extra = script_settings(config, _FREE)
     optimizer = build_optimizer(config, model)
     trained = model
     if config.ema_decay:
@@ -327,24 +326,6 @@ def _scaled(config: Config, loader: DataLoader[Any]) -> TrainConfig:
         steps = round(config.warmup_epochs * -(-batches // settings.accumulate))
         settings = replace(settings, warmup_steps=steps)
     return settings
-
-
-def _as_json(config: Config) -> str:
-    return json.dumps(asdict(config), default=str)
-
-
-def _check_same_settings(config: Config, now: Mapping[str, Any]) -> None:
-    """The loop compares its own settings; these are ours."""
-    folder = config.train.output_dir
-    if not config.train.resume or find_checkpoint(folder) is None:
-        return
-    then = json.loads((folder / "config.json").read_text(encoding="utf-8"))["extra"]
-    for name, value in now.items():
-        if name not in _FREE and then.get(name, value) != value:
-            raise ValueError(
-                f"{name} must be {then[name]} as in {folder} to resume, got {value}; to change it, "
-                "train in another output_dir"
-            )
 
 
 def train(config: Config) -> dict[str, Any]:

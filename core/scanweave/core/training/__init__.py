@@ -21,6 +21,7 @@ on GPUs as near as their kernels repeat themselves.
 
     TrainConfig            all settings; a script's own settings hold one in a field
     Trainer, TrainResult   the loop
+    script_settings        a script's own settings, the same when it resumes
     param_groups           weight decay where it belongs
     schedule_factor        the learning rate's course
     save_checkpoint, load_checkpoint, find_checkpoint, Checkpoint
@@ -42,6 +43,7 @@ from .params import param_groups
 from .plot import plot_history
 from .runtime import derive_seed, isolated_random_state, seed_everything
 from .schedule import schedule_factor
+from .state import script_settings
 from .trainer import Trainer, TrainResult
 
 __all__ = [
@@ -58,5 +60,6 @@ __all__ = [
     "read_history",
     "save_checkpoint",
     "schedule_factor",
+    "script_settings",
     "seed_everything",
 ]

@@ -1,7 +1,7 @@
 """The state of a run: prepared for its processes, saved whole, brought back whole."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from .checkpoint import (
     Checkpoint,
+    find_checkpoint,
     load_checkpoint,
     load_named_optimizer_state,
     named_optimizer_state,
@@ -175,6 +176,31 @@ class RunState:
                     f"{name} must be {then} as in {saved.path} to resume, got {value}; to change "
                     "it, load the weights into a model and train that in another output_dir"
                 )
+
+
+def script_settings(config: Any, free: Collection[str] = ()) -> dict[str, Any]:
+    """A script's own settings as JSON values, for `Trainer(extra=...)`.
+
+    Args:
+        config: A dataclass that holds the loop's settings in its field `train`.
+        free: Settings that a resumed run may change.
+
+    Raises:
+        ValueError: the run that `train` would resume has another setting.
+    """
+    now = json.loads(json.dumps(asdict(config), default=str))
+    del now["train"]
+    folder = config.train.output_dir
+    if not config.train.resume or find_checkpoint(folder) is None:
+        return now
+    then = json.loads((folder / "config.json").read_text(encoding="utf-8"))["extra"]
+    for name, value in now.items():
+        if name not in free and then.get(name, value) != value:
+            raise ValueError(
+                f"{name} must be {then[name]} as in {folder} to resume, got {value}; to change it, "
+                "train in another output_dir"
+            )
+    return now
 
 
 def gather_sharded(model: nn.Module, optimizer: Any) -> tuple[dict[str, Any], dict[str, Any]]:
