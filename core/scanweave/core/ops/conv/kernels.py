@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..launch import adjacent, ceil_div, on_device, power_of_2, processors
+from ..launch import adjacent, batch_stride, ceil_div, on_device, power_of_2, processors
 from . import portable
 from .backward_kernel import backward_kernel, sum_kernel
 from .forward_kernel import forward_kernel
@@ -97,7 +97,7 @@ def conv_forward(
             grid.span,
             grid.blocks_l,
             grid.blocks_d,
-            x.stride(0),
+            batch_stride(x),
             x.stride(1),
             WIDTH=weight.shape[1],
             LEFT=left,
@@ -153,9 +153,9 @@ def conv_backward(
             grid.span,
             grid.blocks_l,
             grid.blocks_d,
-            x.stride(0),
+            batch_stride(x),
             x.stride(1),
-            dy.stride(0),
+            batch_stride(dy),
             dy.stride(1),
             WIDTH=width,
             LEFT=left,

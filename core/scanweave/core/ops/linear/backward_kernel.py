@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import on_device
+from ..launch import batch_stride, on_device
 from .kernels import (
     Call,
     decay_of,
@@ -260,7 +260,7 @@ def backward(
         _backward_kernel[call.grid](
             *(g, call.x, call.a, last, call.cu, ends, products, checkpoints),
             *(real(dx), real(dlog_a), real(dinitial)),
-            *(length, length, *call.sizes, g.stride(0), g.stride(1)),
+            *(length, length, *call.sizes, batch_stride(g), g.stride(1)),
             **call.strides,
             **call.options,
             HAS_DFINAL=dfinal is not None,

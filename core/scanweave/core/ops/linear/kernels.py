@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import LOG2_E, adjacent, ceil_div, power_of_2, processors
+from ..launch import LOG2_E, adjacent, batch_stride, ceil_div, power_of_2, processors
 
 # one kept state per 16 steps: a quarter of a byte an element, 4% of a bfloat16 forward's traffic
 CHUNK = 16
@@ -224,9 +224,9 @@ class Call:
         self.cu = None if cu_seqlens is None else adjacent(cu_seqlens)
         constant = self.a.ndim - x.is_complex() == 1
         self.strides = {
-            "stride_xb": self.x.stride(0),
+            "stride_xb": batch_stride(self.x),
             "stride_xl": self.x.stride(1),
-            "stride_ab": 0 if constant else self.a.stride(0),
+            "stride_ab": 0 if constant else batch_stride(self.a),
             "stride_al": 0 if constant else self.a.stride(1),
         }
         self.options = {

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..launch import batch_stride
 from .kernels import Call, decay_of, load_rows, part_of, store_pair, times
 
 
@@ -144,7 +145,7 @@ def prefixes(
         return None, None
     shape = (call.sequences, call.plan.segments, *call.x.shape[2:])
     ends, products = (call.x.new_empty(shape, dtype=torch.float32) for _ in range(2))
-    strides = call.strides | {"stride_xb": rows.stride(0), "stride_xl": rows.stride(1)}
+    strides = call.strides | {"stride_xb": batch_stride(rows), "stride_xl": rows.stride(1)}
     _prefix_kernel[call.grid](
         *(rows, call.a, call.cu, ends, products, length, *call.sizes),
         **strides,

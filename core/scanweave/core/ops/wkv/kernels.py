@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import LN_2, LOG2_E, adjacent, ceil_div, on_device, power_of_2
+from ..launch import LN_2, LOG2_E, adjacent, batch_stride, ceil_div, on_device, power_of_2
 from ..linear.kernels import kept_before, load_rows, part_of
 
 # 12 bytes of state per 8 steps
@@ -319,7 +319,7 @@ def _strides(**tensors: Tensor) -> dict[str, int]:
     strides = {}
     for name, v in tensors.items():
         constant = v.ndim == 1
-        strides[f"stride_{name}b"] = 0 if constant else v.stride(0)
+        strides[f"stride_{name}b"] = 0 if constant else batch_stride(v)
         strides[f"stride_{name}l"] = 0 if constant else v.stride(1)
     return strides
 
