@@ -5,6 +5,7 @@ FSDP itself needs GPUs under accelerate, so here only the gathering and splittin
 a sharded model is run, on CPUs. The GPU test at the end runs the whole of it on two GPUs.
 """
 
+import atexit
 import copy
 import json
 import os
@@ -89,6 +90,7 @@ def run_script(folder: Path) -> None:
     """What the launcher starts, once per process."""
     rank = int(os.environ["RANK"])
     seen: dict[str, Any] = {}
+    atexit.register(write_seen, folder / f"rank{rank}.json", seen)
     seen["steps"] = train(folder / "plain", 4).steps
     train(folder / "whole", 4, dropout=0.3)
     try:
@@ -111,7 +113,16 @@ def run_script(folder: Path) -> None:
         seen["kind"] = str(Accelerator().distributed_type)
     else:
         seen["sharded"] = sharded_states_survive(rank)
-    (folder / f"rank{rank}.json").write_text(json.dumps(seen))
+    seen["done"] = True
+
+
+def write_seen(path: Path, seen: dict[str, Any]) -> None:
+    """The script's last act, after the trainer's own."""
+    if seen.get("done"):
+        path.write_text(json.dumps({**seen, "group": torch.distributed.is_initialized()}))
+        # torch's caches keep the group of a sharded model, whose threads may abort a process that
+        # ends before they do
+        os._exit(0)
 
 
 def sharded_states_survive(rank: int) -> str:
@@ -179,6 +190,7 @@ def launch(folder: Path, *options: str) -> list[dict[str, Any]]:
 def check(folder: Path, seen: list[dict[str, Any]], tolerance: float) -> None:
     """Compare the files that two processes wrote with one process and with each other."""
     assert [rank["steps"] for rank in seen] == [9, 9]
+    assert [rank["group"] for rank in seen] == [False, False]
     assert [rank["resumed"] for rank in seen] == [True, True]
     # only one process got the signal, both stopped, at the same step
     assert [rank["exit code"] for rank in seen] == [130, 130]

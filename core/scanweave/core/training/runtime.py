@@ -1,4 +1,4 @@
-"""Seeds and random states of Python, NumPy and torch.
+"""Seeds and random states of Python, NumPy and torch, and the end of a group of processes.
 
 seed_everything        start all generators from one number
 seed_host              the same without the GPU
@@ -6,8 +6,10 @@ derive_seed            independent seeds for different purposes from one number
 random_state           every generator's state, as tensors
 set_random_state       go back to such a state
 isolated_random_state  a block of code that leaves the generators as they were
+leave_group_at_exit    end torch's process group before the interpreter ends
 """
 
+import atexit
 import math
 import random
 from collections.abc import Iterator, Mapping
@@ -123,3 +125,19 @@ def seed_host(seed: int) -> None:
     random.seed(seed)
     _numpy_random.seed(seed % 2**32)
     torch.default_generator.manual_seed(seed)
+
+
+def leave_group_at_exit() -> None:
+    """End torch's process group, if there is one, before the interpreter ends.
+
+    Threads of a group that is still there then can need an interpreter that is gone, which aborts
+    the process after its work is done.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        atexit.unregister(_leave_group)
+        atexit.register(_leave_group)
+
+
+def _leave_group() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

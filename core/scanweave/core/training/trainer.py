@@ -32,7 +32,7 @@ from .config import TrainConfig
 from .interrupt import StopSignals
 from .log import COLUMNS, Row, RunLog
 from .params import param_groups
-from .runtime import isolated_random_state
+from .runtime import isolated_random_state, leave_group_at_exit
 from .schedule import schedule_factor
 from .state import RunState
 
@@ -120,6 +120,7 @@ class Trainer:
                 InitProcessGroupKwargs(timeout=timedelta(hours=4)),
             ],
         )
+        leave_group_at_exit()
         kind = self.accelerator.distributed_type
         if kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.XLA):
             raise ValueError(f"accelerate launch must use one process, DDP or FSDP, got {kind}")
