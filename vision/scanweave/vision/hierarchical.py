@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
+from timm.models._input import update_model_input_size
 from torch import Tensor, _assert, nn
 from torch._jit_internal import is_scripting
 
 from .embed import _pair
 from .local_ss2d import LocalPaths
-from .resizing import record_input_size
 from .ss2d import SS2D, Gate, GridPaths
 from .vmamba_block import (
     Classifier,
@@ -251,7 +251,7 @@ class HierarchicalModel(nn.Module):
             for module in stage.modules():
                 if isinstance(module, GridPaths):
                     module.set_grid(grid)
-        record_input_size(self, size)
+        update_model_input_size(self, size)
 
     def _embed(self, x: Tensor) -> Tensor:
         """The grid (B, h, w, D) before the first stage."""

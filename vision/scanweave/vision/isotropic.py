@@ -14,13 +14,13 @@ from typing import Any, Literal
 
 import torch
 from timm.layers import lecun_normal_, trunc_normal_
+from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
 from .block import MixerBlock, RmsNorm, at_least_float32, is_scripting
 from .embed import ClassPosition, PatchEmbed, class_rows, insert_tokens, resample_pos_embed
 from .local import LocalMamba
 from .paths import dynamic_orders, token_orders
-from .resizing import record_input_size
 from .rotary import RotaryPositions
 from .tokens import TokenModel
 
@@ -298,7 +298,7 @@ class IsotropicModel(TokenModel):
         for info in self.feature_info:
             info["reduction"] = embed.feat_ratio()
         sizes = {"patch_size": embed.patch_size, "stride": embed.stride}
-        record_input_size(self, embed.img_size, **sizes)
+        update_model_input_size(self, embed.img_size, **sizes)
 
     @torch.jit.unused
     def _set_grids(self) -> None:
