@@ -272,8 +272,7 @@ class BidirectionalRetNet(RetNet):
         # both scans read the token itself, which counts once
         skip = -(q.to(g.dtype) * k.to(g.dtype)).sum(-1).repeat_interleave(self.parts, -1)
         q, k = self._turned(q, k, cu_seqlens)
-        # views, as a compiler refuses one tensor as two inputs
         y = bidirectional_gated_linear_scan(
-            *((q, q.view_as(q)), (k, k.view_as(k)), v, (g, g)), skip=skip, cu_seqlens=cu_seqlens
+            *((q, q), (k, k), v, (g, g)), skip=skip, cu_seqlens=cu_seqlens
         )
         return v, y, None
