@@ -10,11 +10,18 @@ all its targets), and every episode's return under `evaluation`.
 import argparse
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from scanweave.core.training import seed_everything
-from scanweave.rl import BehaviourCloning, normalized_score, top_episodes
+from scanweave.rl import (
+    BehaviourCloning,
+    default_targets,
+    normalized_score,
+    return_statistics,
+    top_episodes,
+)
 from scanweave.rl.train import build_model, fit, load_data
 
 from .rl_models import METHODS, SETS, settings
@@ -26,6 +33,9 @@ def run(
     """Train and play; arguments as `rl_models.settings`."""
     config = settings(name, method, seed, folder=folder, data_dir=data_dir, steps=steps)
     episodes, spaces = load_data(config)
+    if not config.targets:
+        asked = default_targets(return_statistics(episodes))[:3]
+        config = replace(config, targets=tuple(asked))
     seed_everything(seed)
     share = METHODS[method].share
     if share:

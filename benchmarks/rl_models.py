@@ -23,7 +23,8 @@ class Set:
 
     Attributes:
         env_id: Environment that they play in.
-        targets: Returns asked for; the first is the one that the table reports.
+        targets: Returns asked for; the first is the one that the table reports. Empty: the best
+            return of the data, and two more of `default_targets`.
         source: File below the data folder, or empty: recorded from controllers.
         context: Steps of a window, K.
         env_max_steps: Time limit to play under, 0 for the environment's own.
@@ -32,12 +33,17 @@ class Set:
     """
 
     env_id: str
-    targets: tuple[float, ...]
+    targets: tuple[float, ...] = ()
     source: str = ""
     context: int = 5
     env_max_steps: int = 0
     episodes: int = 20
     d4rl: str = ""
+
+
+def _mujoco(env_id: str, family: str) -> Set:
+    source = f"local/{env_id}/mixed-v0.hdf5"
+    return Set(env_id, source=source, context=10, episodes=10, d4rl=family)
 
 
 SETS: dict[str, Set] = {
@@ -56,13 +62,9 @@ SETS: dict[str, Set] = {
         episodes=10,
         d4rl="door",
     ),
-    "local/Hopper-v5/mixed-v0": Set("Hopper-v5", (), "local/Hopper-v5/mixed-v0.hdf5", context=10),
-    "local/HalfCheetah-v5/mixed-v0": Set(
-        "HalfCheetah-v5", (), "local/HalfCheetah-v5/mixed-v0.hdf5", context=10, episodes=10
-    ),
-    "local/Walker2d-v5/mixed-v0": Set(
-        "Walker2d-v5", (), "local/Walker2d-v5/mixed-v0.hdf5", context=10
-    ),
+    "local/Hopper-v5/mixed-v0": _mujoco("Hopper-v5", "hopper"),
+    "local/HalfCheetah-v5/mixed-v0": _mujoco("HalfCheetah-v5", "halfcheetah"),
+    "local/Walker2d-v5/mixed-v0": _mujoco("Walker2d-v5", "walker2d"),
 }
 
 
@@ -96,6 +98,7 @@ METHODS: dict[str, Method] = {
     "DecisionMamba official": Method(_OFFICIAL, {"schedule": "constant"}),
     "mamba2": Method({"mixer": "mamba2"}),
     "mamba3": Method({"mixer": "mamba3"}),
+    "rg_lru": Method({"mixer": "rg_lru"}),
     "attention": Method({"mixer": "attention"}),
     "gated_cnn": Method({"mixer": "gated_cnn"}),
     "BC": Method(share=1.0),

@@ -20,6 +20,7 @@ controller without flaws earns -155.
 """
 
 import csv
+import inspect
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -30,7 +31,7 @@ import numpy as np
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from scanweave.core import mixer_info
+from scanweave.core import create_mixer
 from scanweave.core.training import (
     TrainConfig,
     Trainer,
@@ -94,7 +95,7 @@ class Config:
     mixer: str = "mamba"
     """Causal mixer; `attention` gives a Decision Transformer, `gated_cnn` a convolution."""
     d_state: int = 8
-    """State size N, for Mamba mixers."""
+    """State size N, for mixers that have one to choose."""
     hidden_size: int = 64
     """Model channels."""
     n_layer: int = 2
@@ -256,8 +257,9 @@ def fit(
 
 def build_model(config: Config, spaces: Spaces) -> DecisionMamba:
     """The untrained model of these settings."""
-    info = mixer_info(config.mixer)
-    takes_d_state = info.recurrent and info.primitive != "causal_conv1d"
+    # built without memory to ask for its arguments: some have a state of another kind
+    kind = type(create_mixer(config.mixer, config.hidden_size, device="meta"))
+    takes_d_state = "d_state" in inspect.signature(kind).parameters
     return DecisionMamba(
         spaces.state_dim,
         spaces.act_dim,
