@@ -1,11 +1,14 @@
 """Which parameters `param_groups` decays, and how it splits them."""
 
+import copy
+from fnmatch import fnmatchcase
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from scanweave.core import Mixer, create_mixer, list_mixers
 from scanweave.core.training import param_groups
 
 
@@ -13,7 +16,7 @@ class Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.in_proj = nn.Linear(4, 6)
-        self.norm = nn.LayerNorm((2, 6))
+        self.norm = nn.LayerNorm([2, 6])
         self.A_log = nn.Parameter(torch.zeros(6, 3))
         self.A_b_log = nn.Parameter(torch.zeros(6, 3))
         self.D = nn.Parameter(torch.zeros(2, 6))
@@ -96,3 +99,65 @@ def test_errors() -> None:
         param_groups(nn.Linear(2, 2).requires_grad_(False), 0.1)
     with pytest.raises(ValueError, match=r"weight_decay must be at least 0, got -0\.1"):
         param_groups(nn.Linear(2, 2), -0.1)
+
+
+# matrices of mixers that are decayed, besides the weights of linear layers and convolutions
+DECAYED: dict[str, tuple[str, ...]] = {
+    "lru": ("B_*", "C_*"),
+    "rg_lru": ("rg_lru.*_gate_weight",),
+}
+# weights of linear layers and convolutions that are not
+SPARED: dict[str, tuple[str, ...]] = {}
+# rates of their own, for lr = 0.01
+RATES: dict[str, dict[str, float]] = {}
+
+
+@pytest.mark.parametrize("name", list_mixers())
+def test_every_mixer_decays_its_projections_alone(name: str) -> None:
+    """Time steps, decays, skips, norms and biases never are, also in a copy of the mixer."""
+    mixer = create_mixer(name, 16)
+    projections = {
+        f"{path}.weight" if path else "weight"
+        for path, module in mixer.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv1d)
+    }
+    listed = [n for n, _ in mixer.named_parameters() if _match(n, DECAYED.get(name, ()))]
+    assert len(listed) >= len(DECAYED.get(name, ())), "a pattern matches nothing"
+    expected = projections.union(listed)
+    expected -= {n for n in projections if _match(n, SPARED.get(name, ()))}
+    for model in (mixer, copy.deepcopy(mixer), nn.Sequential(copy.deepcopy(mixer))):
+        prefix = "" if isinstance(model, Mixer) else "0."
+        groups = param_groups(model, 0.1, lr=0.01)
+        split = names_by_decay(model, groups)
+        assert split[0.1] == {prefix + n for n in expected}
+        names = {id(p): n.removeprefix(prefix) for n, p in model.named_parameters()}
+        for group in groups:
+            for p in group["params"]:
+                own = [r for n, r in RATES.get(name, {}).items() if _match(names[id(p)], (n,))]
+                assert group["lr"] == pytest.approx(own[0] if own else 0.01), names[id(p)]
+
+
+def _match(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def test_rules_of_rates() -> None:
+    """`lr_scale` multiplies, `lr_max` limits, factors from outside multiply what comes of that."""
+    model = nn.Sequential(*(nn.Linear(3, 3, bias=False) for _ in range(4)))
+    rules = [{"lr_scale": 2.0}, {"lr_max": 1e-3, "weight_decay": 0.0}, {"lr": 5e-4}, {}]
+    for layer, rule in zip(model, rules, strict=True):
+        layer.weight._optim = rule  # type: ignore[union-attr]
+
+    def rates(lr: float, scales: dict[str, float] | None = None) -> list[float]:
+        groups = param_groups(model, 0.1, lr=lr, scales=scales)
+        found = {id(p): g for g in groups for p in g["params"]}
+        assert all(set(g) == {"params", "weight_decay", "lr"} for g in groups)
+        assert found[id(model[1].weight)]["weight_decay"] == 0
+        return [found[id(layer.weight)]["lr"] for layer in model]
+
+    assert rates(1e-2) == pytest.approx([2e-2, 1e-3, 5e-4, 1e-2])
+    assert rates(1e-4) == pytest.approx([2e-4, 1e-4, 5e-4, 1e-4])
+    scales = {f"{i}.weight": 0.5 for i in range(3)}
+    assert rates(1e-2, scales) == pytest.approx([1e-2, 5e-4, 2.5e-4, 1e-2])
+    with pytest.raises(ValueError, match=r"lr must be given where rates have rules.*0\.weight"):
+        param_groups(model, 0.1)

@@ -145,15 +145,12 @@ def build_optimizer(config: Config, model: nn.Module) -> Optimizer:
         ValueError: timm has no such optimiser.
     """
     settings, lr, decay = config.train, config.train.lr, config.train.weight_decay
-    groups = param_groups(model, decay, lr=lr)
+    scales: dict[str, float] = {}
     if config.layer_decay:
-        spared = {id(p) for group in groups if not group["weight_decay"] for p in group["params"]}
-        names = {name for name, p in model.named_parameters() if id(p) in spared}
-        groups = param_groups_layer_decay(
-            model, decay, no_weight_decay_list=names, layer_decay=config.layer_decay
-        )
-        for group in groups:
-            group["lr"] = lr * group["lr_scale"]
+        layers = param_groups_layer_decay(model, layer_decay=config.layer_decay)
+        found = {id(p): layer["lr_scale"] for layer in layers for p in layer["params"]}
+        scales = {name: found[id(p)] for name, p in model.named_parameters() if id(p) in found}
+    groups = param_groups(model, decay, lr=lr, scales=scales)
     options: dict[str, Any] = {}
     if get_optimizer_info(config.opt).has_betas:
         options["betas"] = settings.betas

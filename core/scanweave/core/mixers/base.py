@@ -9,10 +9,11 @@ Letters: B batch, L length, D model channels, S packed sequences.
     list_mixers      names, optionally only causal or recurrent ones
 """
 
+import copy
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,8 @@ from torch import Tensor, nn
 from ..ops.checks import check_cu_seqlens
 
 State = dict[str, Tensor]
+# attributes of parameters that `scanweave.core.training.param_groups` reads
+_MARKS = ("_no_weight_decay", "_optim")
 
 
 class Mixer(nn.Module):
@@ -183,6 +186,17 @@ class Mixer(nn.Module):
     def reset_parameters(self) -> None:
         """Draw every parameter anew."""
         raise NotImplementedError
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Mixer":
+        """A copy whose parameters keep their optimiser's marks, which torch leaves behind."""
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        for name, p in self.named_parameters():
+            for mark in _MARKS:
+                if hasattr(p, mark):
+                    setattr(twin.get_parameter(name), mark, copy.copy(getattr(p, mark)))
+        return twin
 
 
 @dataclass(frozen=True)
