@@ -34,7 +34,7 @@ from .controllers import Controller
 from .d4rl import save_d4rl
 from .data import Episode, return_statistics
 from .record import record_episodes
-from .rollout import make_envs, play, read_spaces
+from .rollout import VectorEnv, make_envs, play, read_spaces
 
 
 @dataclass(frozen=True)
@@ -112,14 +112,24 @@ def search_linear(config: SearchConfig) -> tuple[Controller, list[float]]:
     Raises:
         ValueError: the environment has no flat observations or no bounded continuous actions.
     """
+    # made once: a MuJoCo task compiles its model when it is made
+    envs = make_envs(config.env_id, 2 * config.directions, env_kwargs=_limit(config))
+    try:
+        spaces = read_spaces(envs.single_observation_space, envs.single_action_space)
+        low, high = spaces.action_low, spaces.action_high
+        if low is None or high is None or not isinstance(spaces.state_dim, int):
+            raise ValueError(
+                f"env_id must have vectors and bounded continuous actions, got {spaces}"
+            )
+        return _search(config, envs, spaces.state_dim, low, high)
+    finally:
+        envs.close()
+
+
+def _search(
+    config: SearchConfig, envs: VectorEnv, channels: int, low: NDArray, high: NDArray
+) -> tuple[Controller, list[float]]:
     rng = np.random.default_rng(config.seed)
-    envs = make_envs(config.env_id, 1, env_kwargs=_limit(config))
-    spaces = read_spaces(envs.single_observation_space, envs.single_action_space)
-    envs.close()
-    low, high = spaces.action_low, spaces.action_high
-    if low is None or high is None or not isinstance(spaces.state_dim, int):
-        raise ValueError(f"env_id must have vectors and bounded continuous actions, got {spaces}")
-    channels = spaces.state_dim
     matrix = np.zeros((len(low), channels))
     # of all states seen, one by one: count, mean, sum of squared deviations
     count, mean, square = 0, np.zeros(channels), np.zeros(channels)
@@ -131,7 +141,7 @@ def search_linear(config: SearchConfig) -> tuple[Controller, list[float]]:
         tries = rng.standard_normal((config.directions, *matrix.shape))
         players = np.concatenate([matrix + config.noise * tries, matrix - config.noise * tries])
         weights = _plain_weights(players, mean, std)
-        played = _play(config, weights, low, high, rng)
+        played = _play(envs, weights, low, high, rng)
         earned = np.array([e.total_reward - config.alive_bonus * len(e) for e in played])
         returns = np.array([e.total_reward for e in played])
         history.append(float(returns.mean()))
@@ -151,8 +161,8 @@ def search_linear(config: SearchConfig) -> tuple[Controller, list[float]]:
     std = np.where(square < 1e-12, 1.0, np.sqrt(square / max(count - 1, 1)))
     final = _plain_weights(matrix[None], mean, std)[0]
     # one lucky start makes no good player: both are played again
-    candidates = [final, best[1]]
-    means = [_mean_return(config, one, low, high, rng) for one in candidates]
+    candidates = np.stack([final, best[1]])
+    means = _mean_returns(envs, candidates, low, high, rng)
     pick = int(np.argmax(means))
     return linear_controller(candidates[pick], low, high, means[pick]), history
 
@@ -213,7 +223,7 @@ def _plain_weights(players: NDArray, mean: NDArray, std: NDArray) -> NDArray:
 
 
 def _play(
-    config: SearchConfig, weights: NDArray, low: NDArray, high: NDArray, rng: np.random.Generator
+    envs: VectorEnv, weights: NDArray, low: NDArray, high: NDArray, rng: np.random.Generator
 ) -> list[Episode]:
     """One episode of each player; all from the same start."""
     controller = linear_controller(weights[0], low, high, 0.0)
@@ -222,19 +232,19 @@ def _play(
     def act(states: NDArray, rewards: NDArray, fresh: NDArray) -> NDArray:
         return controller.act(states, parameters)
 
-    envs = make_envs(config.env_id, len(weights), env_kwargs=_limit(config))
-    try:
-        rows = play(envs, act, seeds=[int(rng.integers(2**31))] * len(weights))
-    finally:
-        envs.close()
+    rows = play(envs, act, seeds=[int(rng.integers(2**31))] * len(weights))
     return [row[0] for row in rows]
 
 
-def _mean_return(
-    config: SearchConfig, weights: NDArray, low: NDArray, high: NDArray, rng: np.random.Generator
-) -> float:
-    played = [_play(config, weights[None], low, high, rng)[0] for _ in range(5)]
-    return float(np.mean([episode.total_reward for episode in played]))
+def _mean_returns(
+    envs: VectorEnv, players: NDArray, low: NDArray, high: NDArray, rng: np.random.Generator
+) -> list[float]:
+    """Mean return of each of two players over five starts, the same for both."""
+    # the environments are as many as a step's trials: what is over plays and does not count
+    rows = players[np.arange(envs.num_envs) % len(players)]
+    played = [_play(envs, rows, low, high, rng)[: len(players)] for _ in range(5)]
+    returns = [[episode.total_reward for episode in episodes] for episodes in played]
+    return np.mean(returns, axis=0).tolist()
 
 
 def _limit(config: SearchConfig) -> dict[str, int]:
