@@ -166,6 +166,6 @@ def nplr(name: HippoName, size: int, *, clip: float | None = None) -> NormalPlus
         raise ValueError(f"clip must be positive, got {clip}")
     values, P, B, V = _diagonalised(name, size)
     if clip is not None:
-        B = B.real + 1j * np.clip(B.imag, -clip, clip)
+        B = np.real(B) + 1j * np.clip(np.imag(B), -clip, clip)
     parts = (torch.tensor(v, device="cpu") for v in (values, P, B, V))
     return NormalPlusLowRank(*parts)
