@@ -27,6 +27,13 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"d_state": 3, "d_conv": 1, "headdim": 4, "ngroups": 2, "bias": True},
         {"d_state": 2, "d_conv": 3, "expand": 1, "headdim": 2, "conv_bias": False},
     ],
+    "hyena": [
+        {"order": 3, "l_max": 5, "d_conv": 1, "filter_width": 4, "filter_depth": 0},
+        {"l_max": 40, "emb_dim": 5, "filter_width": 3, "frequency": 10.0},
+    ],
+    "hyena_bidirectional": [
+        {"order": 3, "l_max": 4, "d_conv": 5, "filter_width": 4, "filter_depth": 1},
+    ],
     "lru": [{"d_state": 3, "glu": False}, {"d_state": 1, "r_min": 0.9, "r_max": 0.99}],
     "mamba": [{"d_state": 3, "d_conv": 2, "dt_rank": 4, "conv_bias": False}, {"d_conv": 1}],
     "mamba2": [
@@ -162,13 +169,15 @@ def test_packed_states_are_separate(assert_near: Check, case: Case):
 @cases(causal=True)
 def test_causal_ones_never_read_the_future(case: Case):
     mixer, x = build(case), draw(2, 9, DIM).requires_grad_()
+    # a transform spreads its rounding over all places
+    leak = 1e-13 if mixer.info.primitive == "fft_conv" else 0.0
     y = mixer(x)
     for place in (1, 4, 8):
         other = x.detach().clone()
         other[:, place:] = draw(2, 9 - place, DIM)
-        assert torch.equal(mixer(other)[:, :place], y[:, :place])
+        torch.testing.assert_close(mixer(other)[:, :place], y[:, :place], atol=leak, rtol=0)
         (g,) = torch.autograd.grad(y[:, :place].sum(), x, retain_graph=True)
-        assert not g[:, place:].any()
+        assert g[:, place:].abs().max() <= leak
 
 
 @cases(causal=False)

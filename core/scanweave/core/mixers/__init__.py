@@ -12,6 +12,7 @@ from .base import (
 )
 from .gated_cnn import BidirectionalGatedCNN, GatedCNN
 from .hydra import Hydra
+from .hyena import BidirectionalHyena, Hyena
 from .lru import LRU
 from .mamba import BiMamba, Mamba
 from .mamba2 import Mamba2
@@ -25,9 +26,11 @@ __all__ = [
     "BiMamba",
     "BidirectionalAttention",
     "BidirectionalGatedCNN",
+    "BidirectionalHyena",
     "BidirectionalRetNet",
     "GatedCNN",
     "Hydra",
+    "Hyena",
     "Mamba",
     "Mamba2",
     "Mamba3",
