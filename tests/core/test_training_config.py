@@ -64,6 +64,7 @@ def test_values_become_their_types() -> None:
         ({"final_lr": 1.5}, r"final_lr must be a fraction of lr in \[0, 1\], got 1\.5"),
         ({"seed": -1}, r"seed must be in \[0, 2\*\*32\), got -1"),
         ({"schedule": "step"}, "schedule must be one of cosine, linear, constant, got 'step'"),
+        ({"compile": True}, "compile must be one of no, default, reduce-overhead, max-autotune"),
         ({"precision": "fp8"}, "precision must be one of no, bf16, fp16, got 'fp8'"),
         ({"best_mode": "most"}, "best_mode must be one of auto, max, min, got 'most'"),
         ({"resume": True, "overwrite": True}, "overwrite must be False together with resume"),

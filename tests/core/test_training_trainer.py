@@ -275,6 +275,26 @@ def test_bf16_runs_under_autocast_and_leaves_the_model_plain(tmp_path: Path) -> 
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
+@pytest.mark.slow
+def test_compiled_training_equals_eager(tmp_path: Path) -> None:
+    results = []
+    for mode, graphs in (("no", 0), ("default", 1)):
+        model = make_model()
+        torch._dynamo.reset()
+        before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        config = make_config(tmp_path / mode, compile=mode)
+        saved = Trainer(config, model, loss, DataLoader(DATA, 7)).fit().last_checkpoint
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before == graphs
+        # the names are those of the model as it is
+        plain = make_model()
+        assert saved is not None
+        load_checkpoint(saved, plain)
+        assert same(weights(plain), weights(model))
+        results.append(weights(plain))
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.gpu
 def test_fp16_on_a_gpu_resumes_its_loss_scale(tmp_path: Path) -> None:
     class Crash(Exception):

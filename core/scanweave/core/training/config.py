@@ -49,6 +49,10 @@ class TrainConfig:
     precision: Literal["no", "bf16", "fp16"] = "no"
     """Autocast dtype of the forward pass; weights stay as they are. fp16 scales the loss and
     needs a GPU."""
+    compile: Literal["no", "default", "reduce-overhead", "max-autotune"] = "no"
+    """Mode of `torch.compile` for the model. reduce-overhead and max-autotune also record CUDA
+    graphs, for models whose kernels are done before the host has launched the next ones. Batches
+    whose shapes keep changing compile again and again."""
     cpu: bool = False
     """Stay on the CPU even where there is a GPU."""
     seed: int = 0
@@ -101,6 +105,7 @@ class TrainConfig:
         for name, options in (
             ("schedule", ("cosine", "linear", "constant")),
             ("precision", ("no", "bf16", "fp16")),
+            ("compile", ("no", "default", "reduce-overhead", "max-autotune")),
             ("best_mode", ("auto", "max", "min")),
         ):
             if getattr(self, name) not in options:

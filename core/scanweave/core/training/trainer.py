@@ -143,6 +143,8 @@ class Trainer:
             optimizer = AdamW(groups, lr=config.lr, betas=config.betas)
         for group in optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
+        if config.compile != "no":
+            model.compile(mode=config.compile)
         self._model, self._optimizer = model, optimizer
         self._loss, self._evaluate_with = loss, evaluate
         # a GPU would have to be waited for
