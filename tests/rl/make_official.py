@@ -98,7 +98,7 @@ def _results(kind: str, model: nn.Module, call: Any, act: Any) -> dict[str, Any]
     outputs = call(model.train(), given)
     loss = loss_of(kind, outputs, given["actions"])
     parameters = dict(model.named_parameters())
-    found = torch.autograd.grad(loss, parameters.values(), allow_unused=True)
+    found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
     used = {n: g for n, g in zip(parameters, found, strict=True) if g is not None}
     model.eval()
     with torch.no_grad():
