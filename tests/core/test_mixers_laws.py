@@ -50,6 +50,12 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"d_conv": 3, "expand": 2, "headdim": 1},
     ],
     "retnet": [{"num_heads": 2}, {"num_heads": 1, "expand": 0.5, "eps": 1e-3}],
+    "s5": [
+        {"d_state": 4, "blocks": 2, "discretisation": "bilinear", "activation": "none"},
+        {"d_state": 4, "activation": "full_glu", "c_init": "normal", "rate": 2.0},
+        {"activation": "half_glu2"},
+    ],
+    "s5_bidirectional": [{"d_state": 6, "blocks": 3, "activation": "gelu"}],
     "retnet_bidirectional": [{"num_heads": 2, "expand": 1}],
 }
 Case = tuple[str, dict[str, Any]]

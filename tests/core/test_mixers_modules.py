@@ -17,6 +17,7 @@ DIM = 8
 # parameters that stay float32: few numbers, and rates depend on them steeply
 SENSITIVE = r"A_(b_)?log|D(_b)?|(dt|B|C)_bias|rg_lru\.recurrent_param|(nu|theta|gamma)_log"
 SENSITIVE += r"|filter_fn\.pos_emb\.z"
+SENSITIVE += r"|Lambda_(re|im)|log_step"
 EACH = pytest.mark.parametrize("name", list_mixers())
 CAUSAL = pytest.mark.parametrize("name", list_mixers(causal=True))
 RECURRENT = pytest.mark.parametrize("name", list_mixers(recurrent=True))

@@ -104,12 +104,19 @@ def test_errors() -> None:
 # matrices of mixers that are decayed, besides the weights of linear layers and convolutions
 DECAYED: dict[str, tuple[str, ...]] = {
     "lru": ("B_*", "C_*"),
+    "s5": ("C",),
+    "s5_bidirectional": ("C1", "C2"),
     "rg_lru": ("rg_lru.*_gate_weight",),
 }
 # weights of linear layers and convolutions that are not
 SPARED: dict[str, tuple[str, ...]] = {}
 # rates of their own, for lr = 0.01
-RATES: dict[str, dict[str, float]] = {}
+RATES: dict[str, dict[str, float]] = {
+    **dict.fromkeys(
+        ("s5", "s5_bidirectional"),
+        dict.fromkeys(("Lambda_re", "Lambda_im", "log_step", "B"), 1e-3),
+    ),
+}
 
 
 @pytest.mark.parametrize("name", list_mixers())

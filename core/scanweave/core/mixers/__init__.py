@@ -19,15 +19,18 @@ from .mamba2 import Mamba2
 from .mamba3 import Mamba3
 from .retention import BidirectionalRetNet, RetNet
 from .rg_lru import RGLRUBlock
+from .s5 import S5, BidirectionalS5
 
 __all__ = [
     "LRU",
+    "S5",
     "Attention",
     "BiMamba",
     "BidirectionalAttention",
     "BidirectionalGatedCNN",
     "BidirectionalHyena",
     "BidirectionalRetNet",
+    "BidirectionalS5",
     "GatedCNN",
     "Hydra",
     "Hyena",
