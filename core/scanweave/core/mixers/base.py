@@ -210,6 +210,8 @@ class MixerInfo:
         recurrent: Has a finite state and a constant-time `step`.
         paper: Where the mixer is defined.
         reference: The public implementation whose parameters load strictly, if any.
+        parity: Largest relative error that was measured against the reference, or against the
+            paper's equations, with the dtype.
     """
 
     name: str
@@ -218,6 +220,7 @@ class MixerInfo:
     recurrent: bool
     paper: str
     reference: str = ""
+    parity: str = ""
 
 
 _REGISTRY: dict[str, type[Mixer]] = {}
@@ -225,14 +228,14 @@ _M = TypeVar("_M", bound=type[Mixer])
 
 
 def register_mixer(
-    name: str, *, primitive: str, paper: str, reference: str = ""
+    name: str, *, primitive: str, paper: str, reference: str = "", parity: str = ""
 ) -> Callable[[_M], _M]:
     """Class decorator: make a mixer available as `create_mixer(name, ...)`."""
 
     def add(cls: _M) -> _M:
         if name in _REGISTRY:
             raise ValueError(f"mixer name must be free, {name!r} is {_REGISTRY[name].__qualname__}")
-        cls.info = MixerInfo(name, primitive, cls.causal, cls.recurrent, paper, reference)
+        cls.info = MixerInfo(name, primitive, cls.causal, cls.recurrent, paper, reference, parity)
         _REGISTRY[name] = cls
         return cls
 
