@@ -13,6 +13,7 @@ from .base import (
 from .gated_cnn import BidirectionalGatedCNN, GatedCNN
 from .hydra import Hydra
 from .hyena import BidirectionalHyena, Hyena
+from .linear_attention import BidirectionalLinearAttention, LinearAttention
 from .lru import LRU
 from .mamba import BiMamba, Mamba
 from .mamba2 import Mamba2
@@ -29,11 +30,13 @@ __all__ = [
     "BidirectionalAttention",
     "BidirectionalGatedCNN",
     "BidirectionalHyena",
+    "BidirectionalLinearAttention",
     "BidirectionalRetNet",
     "BidirectionalS5",
     "GatedCNN",
     "Hydra",
     "Hyena",
+    "LinearAttention",
     "Mamba",
     "Mamba2",
     "Mamba3",

@@ -40,8 +40,8 @@ class GatedRMSNorm(nn.Module):
         """Set every weight to 1."""
         nn.init.ones_(self.weight)
 
-    def forward(self, x: Tensor, z: Tensor) -> Tensor:
-        """Normalise `x` (..., D) and gate it by `z`."""
+    def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
+        """Normalise `x` (..., D) and gate it by `z`, if given."""
         return rms_norm_gated(
             x,
             self.weight,
