@@ -102,6 +102,7 @@ def bidirectional_gated_ref(
             None if g is None else g[d],
             None if write is None else write[d],
             skip if d == 0 else None,
+            exclusive=form == "exclusive",
             reverse=d == 1,
             initial_state=None if initial_state is None else initial_state[d],
             cu_seqlens=cu_seqlens,

@@ -120,7 +120,7 @@ def test_packed(assert_near: Check, kind: str, reverse: bool):
 
 
 @pytest.mark.usefixtures("used")
-@pytest.mark.parametrize("form", ["add", "quasi_separable"])
+@pytest.mark.parametrize("form", ["add", "exclusive", "quasi_separable"])
 @pytest.mark.parametrize("packed", [False, True])
 def test_both_directions(assert_near: Check, packed: bool, form: str):
     without = ("initial_state",) if form == "quasi_separable" else ()

@@ -38,7 +38,7 @@ pytestmark = pytest.mark.poison
 Check = Callable[..., None]
 ALL: dict[str, Any] = {"return_final_state": True}
 OPTIONAL = ("g", "write", "skip", "initial_state")
-FORMS = pytest.mark.parametrize("form", ["add", "quasi_separable"])
+FORMS = pytest.mark.parametrize("form", ["add", "exclusive", "quasi_separable"])
 EACH_KIND = pytest.mark.parametrize("kind", KINDS)
 
 

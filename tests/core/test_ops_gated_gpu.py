@@ -85,6 +85,7 @@ def test_one_direction(
     [
         ("add", 64),
         ("add", 700),
+        ("exclusive", 700),
         ("quasi_separable", 49),
         ("quasi_separable", 197),
         ("quasi_separable", 512),

@@ -66,18 +66,18 @@ def test_one_direction(
     compare(assert_near, gated_linear_scan, gated_linear_scan_ref, inputs, **options)
 
 
-@pytest.mark.parametrize("form", ["add", "quasi_separable"])
+@pytest.mark.parametrize("form", ["add", "exclusive", "quasi_separable"])
 @pytest.mark.parametrize("length", [STEPS - 2, 2 * STEPS + 1])
 @pytest.mark.parametrize("without", [(), ("g", "skip"), ("write",)], ids=str)
 def test_both_directions(
     assert_near: Check, device: str, without: tuple[str, ...], length: int, form: str
 ):
-    add = form == "add" and not without
-    without = without if add else (*without, "initial_state")
+    states = form != "quasi_separable" and not without
+    without = without if states else (*without, "initial_state")
     inputs = gated_pairs(
         1, length, 4, 5, 3, groups=2, without=without, dtype=torch.float32, device=device
     )
-    options: dict[str, Any] = {"form": form, **(ALL if add else {})}
+    options: dict[str, Any] = {"form": form, **(ALL if states else {})}
     compare(
         assert_near, bidirectional_gated_linear_scan, bidirectional_gated_ref, inputs, **options
     )

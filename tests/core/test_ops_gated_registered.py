@@ -284,7 +284,7 @@ def test_refuses_packed():
 @pytest.mark.parametrize(
     ("changed", "match"),
     [
-        ({"form": "sum"}, "form must be 'add' or 'quasi_separable', got 'sum'"),
+        ({"form": "sum"}, "form must be 'add', 'exclusive' or 'quasi_separable', got 'sum'"),
         ({"q": t(2, 9, 2, 3)}, r"q must be a pair \(forward, reverse\), got a tensor"),
         ({"g": (t(4),)}, r"g must be a pair \(forward, reverse\), got 1 items"),
         ({"form": "quasi_separable"}, "initial_state and return_final_state need form 'add'"),

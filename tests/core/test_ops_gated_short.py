@@ -46,7 +46,9 @@ def no_walk(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("no_walk")
-@pytest.mark.parametrize(("form", "chunks"), [("add", 4), ("quasi_separable", fused.FEW_CHUNKS)])
+@pytest.mark.parametrize(
+    ("form", "chunks"), [("add", 4), ("exclusive", 2), ("quasi_separable", fused.FEW_CHUNKS)]
+)
 def test_many_chunks(assert_near: Check, drawn: dict[str, Any], form: str, chunks: int):
     """As many chunks as still are few, and pairs of them with others between."""
     inputs = gated_pairs(1, chunks * STEPS - 3, 1, 3, 2, decay=0.05, **drawn)

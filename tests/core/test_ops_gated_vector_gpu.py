@@ -84,7 +84,9 @@ def test_one_direction(
 
 
 @DTYPES
-@pytest.mark.parametrize(("form", "length"), [("add", 300), ("quasi_separable", 197)])
+@pytest.mark.parametrize(
+    ("form", "length"), [("add", 300), ("exclusive", 300), ("quasi_separable", 197)]
+)
 def test_both_directions(assert_near: Check, form: str, length: int, dtype: torch.dtype):
     without = ("initial_state",) if form == "quasi_separable" else ()
     options: dict[str, Any] = {"form": form, **({} if without else ALL)}

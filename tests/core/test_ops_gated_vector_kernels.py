@@ -98,9 +98,9 @@ def test_gentle_and_steep_side_by_side(assert_near: Check, device: str, exclusiv
 
 
 @DECAYS
-@pytest.mark.parametrize("form", ["add", "quasi_separable"])
+@pytest.mark.parametrize("form", ["add", "exclusive", "quasi_separable"])
 def test_both_directions(assert_near: Check, device: str, form: str, decay: float):
-    without = () if form == "add" else ("initial_state",)
+    without = ("initial_state",) if form == "quasi_separable" else ()
     sizes = drawn(device, groups=1, without=without, decay=decay)
     inputs = gated_pairs(1, 2 * STEPS + 1, 2, 5, 3, **sizes)
     options: dict[str, Any] = {"form": form, **({} if without else ALL)}

@@ -218,16 +218,17 @@ def bidirectional_gated_linear_scan(
     write: Pair | None = None,
     skip: Tensor | None = None,
     *,
-    form: Literal["add", "quasi_separable"] = "add",
+    form: Literal["add", "exclusive", "quasi_separable"] = "add",
     initial_state: Pair | None = None,
     cu_seqlens: Tensor | None = None,
     return_final_state: bool = False,
 ) -> Tensor | tuple[Tensor, Pair]:
     """Run a forward and a reverse scan over one v and add them, in one call.
 
-    "add" is o_f + o_r + skip v. "quasi_separable" moves both outputs by one token, so that token
-    t gets o_f[t-1] + o_r[t+1] + skip[t] v[t]: its own weight is skip alone. Nothing moves over the
-    border of a packed sequence.
+    "add" is o_f + o_r + skip v. "exclusive" is the same, but both scans read their state before
+    the token is written: its own weight is skip alone, and its own decay scales nothing it reads.
+    "quasi_separable" moves both outputs by one token instead, so that token t gets o_f[t-1] +
+    o_r[t+1] + skip[t] v[t]. Nothing moves over the border of a packed sequence.
 
     Args:
         q: Read-out vectors of the forward and the reverse scan, each (B, L, G, K).
@@ -236,9 +237,9 @@ def bidirectional_gated_linear_scan(
         g: Log decays, a pair, each as `gated_linear_scan` takes.
         write: Factors of what is written, a pair, each (B, L, H).
         skip: The diagonal, (H,) or (B, L, H).
-        form: "add" or "quasi_separable".
-        initial_state: A pair (B, H, K, V): before the first token, and after the last one. Only
-            for "add", and so is `return_final_state`.
+        form: "add", "exclusive" or "quasi_separable".
+        initial_state: A pair (B, H, K, V): before the first token, and after the last one. Not
+            for "quasi_separable", and neither is `return_final_state`.
         cu_seqlens: Starts of S packed sequences, (S + 1,) int32; B must be 1.
         return_final_state: Also return the pair of states after each scan's last step.
 
@@ -250,8 +251,8 @@ def bidirectional_gated_linear_scan(
 
     Source: Hwang et al. 2024 (Hydra), arXiv 2407.09941, section 3.
     """
-    if form not in ("add", "quasi_separable"):
-        raise ValueError(f"form must be 'add' or 'quasi_separable', got {form!r}")
+    if form not in ("add", "exclusive", "quasi_separable"):
+        raise ValueError(f"form must be 'add', 'exclusive' or 'quasi_separable', got {form!r}")
     pairs = dict(q=q, k=k, g=g, write=write, initial_state=initial_state)
     for name, pair in pairs.items():
         if pair is not None and (isinstance(pair, Tensor) or len(pair) != 2):
@@ -259,7 +260,7 @@ def bidirectional_gated_linear_scan(
             raise ValueError(f"{name} must be a pair (forward, reverse), got {got}")
     shift = form == "quasi_separable"
     if shift and (initial_state is not None or return_final_state):
-        raise ValueError("initial_state and return_final_state need form 'add'")
+        raise ValueError("initial_state and return_final_state need form 'add' or 'exclusive'")
     _check_values(v)
     _check_packed(cu_seqlens, v)
     directions = []
@@ -279,7 +280,6 @@ def bidirectional_gated_linear_scan(
     if first.g is not None and second.g is not None and first.g.ndim != second.g.ndim:
         raise ValueError("g must be of heads or of channels in both directions, got one of each")
     skip = _check_skip(skip, v)
-    out, final = _apply(
-        *(directions, v, skip, cu_seqlens, (False, True), shift, shift, return_final_state)
-    )
+    flags = (form != "add", shift, return_final_state)
+    out, final = _apply(directions, v, skip, cu_seqlens, (False, True), *flags)
     return (out, (final[0], final[1])) if return_final_state else out
