@@ -54,7 +54,7 @@ def test_equals_definition(
 
 
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("width", [1, 2, 3, 4, 7, 8, 9, 16])
+@pytest.mark.parametrize("width", [1, 2, 3, 4, 7, 8, 9, 16, 33])
 def test_every_width_and_option(assert_near: Check, width: int, packed: bool):
     batch, sequences = (1, len(RAGGED)) if packed else (2, None)
     cu = pack(RAGGED) if packed else None

@@ -1,6 +1,7 @@
 """The short convolution on a CPU through `conv.c`: when it is used, and how it is called.
 
     takes                         whether the compiled library runs these tensors
+    fits                          whether it has room for so many taps
     conv_forward, conv_backward   as those of `portable.py`; float32 sums
 
 Without a compiler `portable.py` serves.
@@ -19,6 +20,13 @@ takes = native.takes
 # elements that pay for waking a thread: about 30 us of work
 WORK_PER_THREAD = 1 << 16
 _ABSENT = (0, 0, 0, 0)
+# TAPS in conv.c
+MAX_WIDTH = 16
+
+
+def fits(weight: Tensor) -> bool:
+    """Whether taps (D, W) are few enough."""
+    return weight.shape[1] <= MAX_WIDTH
 
 
 def _rows(v: Tensor | None) -> tuple[int, int, int, int]:

@@ -23,7 +23,7 @@ from ..checks import (
 )
 from . import compiled, kernels, portable
 
-MAX_WIDTH = 16
+MAX_WIDTH = 256
 
 _lib = torch.library.Library("scanweave", "FRAGMENT")
 _INPUTS = (
@@ -49,7 +49,7 @@ def _forward(
     if cu_seqlens is not None:
         check_cu_seqlens_values(cu_seqlens, x.shape[1])
     fused = on_kernels(x, weight, bias, state) and weight.shape[1] <= kernels.MAX_WIDTH
-    native = not fused and compiled.takes((x, weight, bias, state))
+    native = not fused and compiled.fits(weight) and compiled.takes((x, weight, bias, state))
     code = kernels if fused else compiled if native else portable
     return code.conv_forward(x, weight, bias, state, cu_seqlens, left, reverse, silu)
 
@@ -66,7 +66,7 @@ def _backward(
     silu: bool,
 ) -> list[Tensor]:
     fused = on_kernels(x, weight, bias, state) and weight.shape[1] <= kernels.MAX_WIDTH
-    native = not fused and compiled.takes((dy, x, weight, bias, state))
+    native = not fused and compiled.fits(weight) and compiled.takes((dy, x, weight, bias, state))
     code = kernels if fused else compiled if native else portable
     return code.conv_backward(dy, x, weight, bias, state, cu_seqlens, left, reverse, silu)
 
@@ -201,7 +201,8 @@ def causal_conv1d(
 
     Args:
         x: Inputs, (B, L, D).
-        weight: Taps, (D, W), the last one for the newest input; W from 1 to 16.
+        weight: Taps, (D, W), the last one for the newest input; W from 1 to 256.
+            Over 16 are slow: PyTorch, a pass a tap.
         bias: Added to the sum, (D,).
         activation: "silu" applies c sigmoid(c), None nothing.
         reverse: Mirror time: tap j meets x[t + W - 1 - j] (inside every packed sequence).
@@ -238,7 +239,7 @@ def symmetric_conv1d(
 
     Args:
         x: Inputs, (B, L, D).
-        weight: Taps, (D, W), W odd and at most 15.
+        weight: Taps, (D, W), W odd and at most 255.
         bias: Added to the sum, (D,).
         activation: "silu" or None.
         cu_seqlens: Starts of S packed sequences, (S + 1,) int32 from 0 to L; B must be 1.
