@@ -64,6 +64,15 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"activation": "half_glu2"},
     ],
     "s5_bidirectional": [{"d_state": 6, "blocks": 3, "activation": "gelu"}],
+    "rwkv4": [{"expand": 0.5, "layer": 1, "num_layers": 3}],
+    "rwkv4_bidirectional": [{"expand": 2, "layer": 2, "num_layers": 3}],
+    "rwkv5": [{"headdim": 2, "layer": 1, "num_layers": 2}, {"expand": 0.5, "eps": 1e-3}],
+    "rwkv5_bidirectional": [{"headdim": 4, "layer": 1, "num_layers": 2}],
+    "rwkv6": [
+        {"headdim": 4, "mix_rank": 3, "decay_rank": 2, "layer": 1, "num_layers": 2},
+        {"headdim": 2, "expand": 1.5, "mix_rank": 1},
+    ],
+    "rwkv6_bidirectional": [{"headdim": 4, "mix_rank": 3, "decay_rank": 2}],
     "retnet_bidirectional": [{"num_heads": 2, "expand": 1}],
 }
 # a token that is alone is its own mean but for eps, so that gradients of its weight are as small as

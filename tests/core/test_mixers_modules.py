@@ -18,6 +18,7 @@ DIM = 8
 SENSITIVE = r"A_(b_)?log|D(_b)?|(dt|B|C)_bias|rg_lru\.recurrent_param|(nu|theta|gamma)_log"
 SENSITIVE += r"|filter_fn\.pos_emb\.z"
 SENSITIVE += r"|Lambda_(re|im)|log_step"
+SENSITIVE += r"|time_(decay|first|faaaa)"
 EACH = pytest.mark.parametrize("name", list_mixers())
 CAUSAL = pytest.mark.parametrize("name", list_mixers(causal=True))
 RECURRENT = pytest.mark.parametrize("name", list_mixers(recurrent=True))

@@ -112,6 +112,12 @@ DECAYED: dict[str, tuple[str, ...]] = {
 SPARED: dict[str, tuple[str, ...]] = {}
 # rates of their own, for lr = 0.01
 RATES: dict[str, dict[str, float]] = {
+    "rwkv4": {"time_decay": 0.02, "time_first": 0.03},
+    "rwkv4_bidirectional": {"time_decay": 0.02, "time_first": 0.03},
+    "rwkv5": {"time_decay": 0.02},
+    "rwkv5_bidirectional": {"time_decay": 0.02},
+    "rwkv6": {"time_decay": 0.02},
+    "rwkv6_bidirectional": {"time_decay": 0.02},
     **dict.fromkeys(
         ("s5", "s5_bidirectional"),
         dict.fromkeys(("Lambda_re", "Lambda_im", "log_step", "B"), 1e-3),

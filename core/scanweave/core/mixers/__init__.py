@@ -10,6 +10,7 @@ from .base import (
     mixer_info,
     register_mixer,
 )
+from .channel_mix import BidirectionalChannelMix, ChannelMix
 from .gated_cnn import BidirectionalGatedCNN, GatedCNN
 from .hydra import Hydra
 from .hyena import BidirectionalHyena, Hyena
@@ -20,19 +21,29 @@ from .mamba2 import Mamba2
 from .mamba3 import Mamba3
 from .retention import BidirectionalRetNet, RetNet
 from .rg_lru import RGLRUBlock
+from .rwkv import RWKV5, RWKV6, BidirectionalRWKV5, BidirectionalRWKV6
+from .rwkv4 import RWKV4, BidirectionalRWKV4
 from .s5 import S5, BidirectionalS5
 
 __all__ = [
     "LRU",
+    "RWKV4",
+    "RWKV5",
+    "RWKV6",
     "S5",
     "Attention",
     "BiMamba",
     "BidirectionalAttention",
+    "BidirectionalChannelMix",
     "BidirectionalGatedCNN",
     "BidirectionalHyena",
     "BidirectionalLinearAttention",
+    "BidirectionalRWKV4",
+    "BidirectionalRWKV5",
+    "BidirectionalRWKV6",
     "BidirectionalRetNet",
     "BidirectionalS5",
+    "ChannelMix",
     "GatedCNN",
     "Hydra",
     "Hyena",
