@@ -109,9 +109,12 @@ DECAYED: dict[str, tuple[str, ...]] = {
     "rg_lru": ("rg_lru.*_gate_weight",),
 }
 # weights of linear layers and convolutions that are not
-SPARED: dict[str, tuple[str, ...]] = {}
+SPARED: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("hyena", "hyena_bidirectional"), ("filter_fn.*",)),
+}
 # rates of their own, for lr = 0.01
 RATES: dict[str, dict[str, float]] = {
+    **dict.fromkeys(("hyena", "hyena_bidirectional"), {"filter_fn.pos_emb.z": 1e-5}),
     "rwkv4": {"time_decay": 0.02, "time_first": 0.03},
     "rwkv4_bidirectional": {"time_decay": 0.02, "time_first": 0.03},
     "rwkv5": {"time_decay": 0.02},
