@@ -18,6 +18,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "attention": [
         {"num_heads": 4, "bias": False},
         {"num_heads": 4, "num_kv_heads": 2, "window": 3},
+        {"num_heads": 1, "expand": 0.75, "rope_fraction": 0.7, "prefix": 2, "window": 2, "scale": 1},
     ],
     "attention_bidirectional": [{"num_heads": 2}, {"num_heads": 2, "num_kv_heads": 1}],
     "bimamba": [{"d_state": 1, "d_conv": 1, "expand": 1, "average": False, "bias": True}],
@@ -42,6 +43,11 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"num_heads": 2, "feature_map": "relu"},
         {"num_heads": 1, "feature_map": "identity", "norm": "rms", "bias": False},
     ],
+    "local_attention": [
+        {"num_heads": 2, "num_kv_heads": 1, "window": 3, "prefix": 2},
+        {"num_heads": 2, "expand": 0.5, "window": 1, "rope_fraction": 0, "out_bias": False},
+        {"window": 2, "rope_fraction": 0.5, "prefix": 1, "scale": 0.3},
+    ],
     "lru": [{"d_state": 3, "glu": False}, {"d_state": 1, "r_min": 0.9, "r_max": 0.99}],
     "mamba": [{"d_state": 3, "d_conv": 2, "dt_rank": 4, "conv_bias": False}, {"d_conv": 1}],
     "mamba2": [
@@ -52,6 +58,10 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "mamba3": [
         {"d_state": 4, "headdim": 4, "ngroups": 2, "is_outproj_norm": True},
         {"d_state": 2, "headdim": 2, "rope_fraction": 1.0, "dt_min": 0.5, "dt_max": 2.0},
+    ],
+    "mamba_heads": [
+        {"n_heads": 2, "bcdt_norm": False, "d_state": 3},
+        {"n_heads": 4, "d_conv": 1, "dt_rank": 2, "expand": 1, "conv_bias": False},
     ],
     "rg_lru": [
         {"d_conv": 1, "headdim": 2, "decay_range": (0.3, 0.6)},

@@ -15,10 +15,12 @@ from .gated_cnn import BidirectionalGatedCNN, GatedCNN
 from .hydra import Hydra
 from .hyena import BidirectionalHyena, Hyena
 from .linear_attention import BidirectionalLinearAttention, LinearAttention
+from .local_attention import LocalAttention
 from .lru import LRU
 from .mamba import BiMamba, Mamba
 from .mamba2 import Mamba2
 from .mamba3 import Mamba3
+from .mamba_heads import MambaHeads
 from .retention import BidirectionalRetNet, RetNet
 from .rg_lru import RGLRUBlock
 from .rwkv import RWKV5, RWKV6, BidirectionalRWKV5, BidirectionalRWKV6
@@ -48,9 +50,11 @@ __all__ = [
     "Hydra",
     "Hyena",
     "LinearAttention",
+    "LocalAttention",
     "Mamba",
     "Mamba2",
     "Mamba3",
+    "MambaHeads",
     "Mixer",
     "MixerInfo",
     "RGLRUBlock",
