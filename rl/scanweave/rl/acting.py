@@ -154,7 +154,8 @@ class RecurrentMemory:
             self._per_slot(step.returns_to_go),
             self._per_slot(step.timesteps),
             self.carried,
-            fresh,
+            # asking a GPU would make it wait
+            fresh if fresh.device.type != "cpu" or bool(fresh.any()) else None,
         )
         self.age = age + 1
         if self.slots == 1:

@@ -24,7 +24,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from scanweave.core import create_mixer, mixer_info
+from scanweave.core import Mixer, create_mixer, mixer_info
 
 from .inputs import as_sizes, check_inputs, plain, take_steps
 from .tokens import ChoiceEmbedding, ImageEncoder
@@ -73,10 +73,20 @@ class Block(nn.Module):
         x = x + mixed
         return x + self.mlp_channels(self.ln_2(x))
 
-    def step(self, x: Tensor, state: MixerState) -> tuple[Tensor, MixerState]:
-        """The next token of running sequences, (B, D), and the state after it."""
-        mixed, state = self.mamba.step(self.norm_mamba(x), state)
+    def advance(
+        self, x: Tensor, state: MixerState, *, last: bool = False
+    ) -> tuple[Tensor, MixerState]:
+        """The next tokens of running sequences, (B, L, D), and the state after them.
+
+        `last`: only the last token's output is wanted, (B, 1, D).
+        """
+        if x.shape[1] == 1:
+            mixed, state = self.mamba.step(self.norm_mamba(x[:, 0]), state)
+            mixed = mixed[:, None]
+        else:
+            mixed, state = self.mamba.advance(self.norm_mamba(x), state)
         x = x + mixed
+        x = x[:, -1:] if last else x
         return x + self.mlp_channels(self.ln_2(x)), state
 
 
@@ -355,21 +365,27 @@ class DecisionMamba(nn.Module):
         if not self.remove_act_embs:
             action = self.embed_action(previous_actions)
             before = self._when((timesteps - 1).clamp(min=0))
-            _, carried = self._advance(action if before is None else action + before, carried)
+            action = action if before is None else action + before
+            if first is None:
+                # all tokens at once: fewer and larger products
+                tokens.insert(0, action)
+            else:
+                _, carried = self._advance(action[:, None], carried)
         if first is not None:
             carried = [
-                _replace_rows(state, block.mamba.init_state(1), first)
+                _forget(block, state, first)
                 for block, state in zip(self.transformer.blocks, carried, strict=True)
             ]
-        _, carried = self._advance(tokens[0], carried)
-        x, carried = self._advance(tokens[1], carried)
-        return self.predict_action(self.transformer.ln_f(x)), carried
+        x, carried = self._advance(torch.stack(tokens, dim=1), carried)
+        return self.predict_action(self.transformer.ln_f(x[:, 0])), carried
 
-    def _advance(self, token: Tensor, carried: list[MixerState]) -> tuple[Tensor, list[MixerState]]:
-        x = self.transformer.drop(self.embed_ln(token))
+    def _advance(self, x: Tensor, carried: list[MixerState]) -> tuple[Tensor, list[MixerState]]:
+        """Tokens (B, L, D) through all blocks; the output of the last, (B, 1, D)."""
+        x = self.transformer.drop(self.embed_ln(x))
+        blocks = self.transformer.blocks
         following = []
-        for block, state in zip(self.transformer.blocks, carried, strict=True):
-            x, state = block.step(x, state)
+        for block, state in zip(blocks, carried, strict=True):
+            x, state = block.advance(x, state, last=block is blocks[-1])
             following.append(state)
         return x, following
 
@@ -379,9 +395,12 @@ class DecisionMamba(nn.Module):
         return self.embed_timestep(timesteps.clamp(max=self.max_ep_len - 1))
 
 
-def _replace_rows(state: MixerState, blank: MixerState, rows: Tensor) -> MixerState:
-    """`state` with the rows marked True taken from the one-row state `blank`."""
-    return {
-        name: torch.where(rows.view(-1, *[1] * (value.ndim - 1)), blank[name], value)
-        for name, value in state.items()
-    }
+def _forget(block: Block, state: MixerState, rows: Tensor) -> MixerState:
+    """`state` with the rows marked True as before the first token."""
+    mixer = block.mamba
+    shaped = {name: rows.view(-1, *[1] * (value.ndim - 1)) for name, value in state.items()}
+    if type(mixer).init_state is Mixer.init_state and not torch.is_grad_enabled():
+        # zero, and in place: a copy of all states costs as much as a layer
+        return {name: value.masked_fill_(shaped[name], 0) for name, value in state.items()}
+    blank = mixer.init_state(1)
+    return {name: torch.where(shaped[name], blank[name], v) for name, v in state.items()}

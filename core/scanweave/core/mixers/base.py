@@ -153,6 +153,23 @@ class Mixer(nn.Module):
             raise ValueError(f"step needs a mixer with a state, {self.info.name} has none")
         return result[0].squeeze(1), result[1]
 
+    def advance(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        """Advance a few tokens at once: as many `step`s, in fewer and larger products.
+
+        Args:
+            x: Tokens, (B, L, D).
+            state: As for `step`; may be updated in place.
+
+        Returns:
+            Outputs (B, L, D) and the new state.
+
+        Raises:
+            ValueError: as `step`.
+        """
+        result = self.forward(x, state=state, return_state=True)
+        assert isinstance(result, tuple)
+        return result
+
     def state_spec(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape without the batch axis and dtype of every state tensor.
 

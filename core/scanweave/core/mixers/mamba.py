@@ -307,6 +307,28 @@ class Mamba(_MambaBase):
         dt, A, B, C, D, bias = self._scan_inputs(u, "")
         return self.out_proj(selective_scan_step(state["h"], u, dt, A, B, C, D, z, bias)), state
 
+    def advance(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        """See `Mixer.advance`; on a CPU the states of a few tokens are updated in place."""
+        if torch.is_grad_enabled() or x.device.type != "cpu" or x.ndim != 3 or x.shape[1] > 4:
+            return super().advance(x, state)
+        if x.shape[-1] != self.d_model:
+            raise ValueError(f"x must be (B, L, {self.d_model}), got {tuple(x.shape)}")
+        self._check_state(state, x, None)
+        u, z = self.in_proj(x).chunk(2, -1)
+        u, conv = causal_conv1d(
+            u, *self._taps(""), "silu", initial_state=state["conv"], return_final_state=True
+        )
+        state["conv"].copy_(conv)
+        dt, A, B, C, D, bias = self._scan_inputs(u, "")
+        # a scan reads and writes all states anew: 1.0 ms for 64 x 3 tokens, single steps 0.5
+        y = [
+            selective_scan_step(
+                state["h"], u[:, t], dt[:, t], A, B[:, t], C[:, t], D, z[:, t], bias
+            )
+            for t in range(x.shape[1])
+        ]
+        return self.out_proj(torch.stack(y, 1)), state
+
 
 @register_mixer(
     "bimamba",
