@@ -18,12 +18,24 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "attention": [
         {"num_heads": 4, "bias": False},
         {"num_heads": 4, "num_kv_heads": 2, "window": 3},
-        {"num_heads": 1, "expand": 0.75, "rope_fraction": 0.7, "prefix": 2, "window": 2, "scale": 1},
+        {
+            "num_heads": 1,
+            "expand": 0.75,
+            "rope_fraction": 0.7,
+            "prefix": 2,
+            "window": 2,
+            "scale": 1,
+        },
     ],
     "attention_bidirectional": [{"num_heads": 2}, {"num_heads": 2, "num_kv_heads": 1}],
     "bimamba": [{"d_state": 1, "d_conv": 1, "expand": 1, "average": False, "bias": True}],
     "gated_cnn": [{"kernel_size": 1, "conv_ratio": 0.5}, {"kernel_size": 4, "expansion": 2}],
     "gated_cnn_bidirectional": [{"kernel_size": 3, "conv_ratio": 0.25}],
+    "gla": [
+        {"num_heads": 2, "expand_k": 1, "expand_v": 0.5, "gate_low_rank_dim": 2},
+        {"num_heads": 1, "gate_logit_normalizer": 1.0},
+    ],
+    "gla_bidirectional": [{"num_heads": 2, "gate_logit_normalizer": 2.0}],
     "hydra": [
         {"d_state": 3, "d_conv": 1, "headdim": 4, "ngroups": 2, "bias": True},
         {"d_state": 2, "d_conv": 3, "expand": 1, "headdim": 2, "conv_bias": False},

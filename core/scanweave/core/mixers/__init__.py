@@ -12,6 +12,7 @@ from .base import (
 )
 from .channel_mix import BidirectionalChannelMix, ChannelMix
 from .gated_cnn import BidirectionalGatedCNN, GatedCNN
+from .gla import GLA, BidirectionalGLA
 from .hydra import Hydra
 from .hyena import BidirectionalHyena, Hyena
 from .linear_attention import BidirectionalLinearAttention, LinearAttention
@@ -28,6 +29,7 @@ from .rwkv4 import RWKV4, BidirectionalRWKV4
 from .s5 import S5, BidirectionalS5
 
 __all__ = [
+    "GLA",
     "LRU",
     "RWKV4",
     "RWKV5",
@@ -37,6 +39,7 @@ __all__ = [
     "BiMamba",
     "BidirectionalAttention",
     "BidirectionalChannelMix",
+    "BidirectionalGLA",
     "BidirectionalGatedCNN",
     "BidirectionalHyena",
     "BidirectionalLinearAttention",
