@@ -96,6 +96,14 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     ],
     "rwkv6_bidirectional": [{"headdim": 4, "mix_rank": 3, "decay_rank": 2}],
     "retnet_bidirectional": [{"num_heads": 2, "expand": 1}],
+    "s4d": [
+        {"d_state": 4, "init": "legs", "disc": "bilinear", "mode": "scan"},
+        {"d_state": 3, "init": "real", "dt_min": 0.1, "dt_max": 1.0},
+    ],
+    "s4d_bidirectional": [{"d_state": 4, "init": "inv", "mode": "conv"}],
+    "dss": [{"d_state": 3, "dt_min": 0.1, "dt_max": 1.0, "mode": "scan"}],
+    "dss_bidirectional": [{"d_state": 2, "mode": "conv"}],
+    "dss_softmax": [{"d_state": 2, "dt_min": 0.1, "dt_max": 1.0}],
 }
 # a token that is alone is its own mean but for eps, so that gradients of its weight are as small as
 # eps is, and of them only rounding is left

@@ -19,6 +19,8 @@ SENSITIVE = r"A_(b_)?log|D(_b)?|(dt|B|C)_bias|rg_lru\.recurrent_param|(nu|theta|
 SENSITIVE += r"|filter_fn\.pos_emb\.z"
 SENSITIVE += r"|Lambda_(re|im)|log_step"
 SENSITIVE += r"|time_(decay|first|faaaa)"
+SENSITIVE += r"|kernel\.(log_dt|log_A_real|A_imag)"
+SENSITIVE += r"|kernel\.Lambda(_\w+)?"
 EACH = pytest.mark.parametrize("name", list_mixers())
 CAUSAL = pytest.mark.parametrize("name", list_mixers(causal=True))
 RECURRENT = pytest.mark.parametrize("name", list_mixers(recurrent=True))

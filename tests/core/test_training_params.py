@@ -103,6 +103,8 @@ def test_errors() -> None:
 
 # matrices of mixers that are decayed, besides the weights of linear layers and convolutions
 DECAYED: dict[str, tuple[str, ...]] = {
+    "s4d": ("kernel.C",),
+    "s4d_bidirectional": ("kernel.C",),
     "lru": ("B_*", "C_*"),
     "s5": ("C",),
     "s5_bidirectional": ("C1", "C2"),
@@ -114,6 +116,11 @@ SPARED: dict[str, tuple[str, ...]] = {
 }
 # rates of their own, for lr = 0.01
 RATES: dict[str, dict[str, float]] = {
+    **{name: {"kernel.*": 1e-3} for name in ("dss", "dss_bidirectional", "dss_softmax")},
+    **dict.fromkeys(
+        ("s4d", "s4d_bidirectional"),
+        dict.fromkeys(("kernel.log_*", "kernel.A_imag"), 1e-3),
+    ),
     **dict.fromkeys(("hyena", "hyena_bidirectional"), {"filter_fn.pos_emb.z": 1e-5}),
     "rwkv4": {"time_decay": 0.02, "time_first": 0.03},
     "rwkv4_bidirectional": {"time_decay": 0.02, "time_first": 0.03},

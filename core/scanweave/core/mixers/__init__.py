@@ -11,6 +11,8 @@ from .base import (
     register_mixer,
 )
 from .channel_mix import BidirectionalChannelMix, ChannelMix
+from .diagonal_dss import DSS, BidirectionalDSS, SoftmaxDSS
+from .diagonal_s4d import S4D, BidirectionalS4D
 from .gated_cnn import BidirectionalGatedCNN, GatedCNN
 from .gla import GLA, BidirectionalGLA
 from .hydra import Hydra
@@ -29,16 +31,19 @@ from .rwkv4 import RWKV4, BidirectionalRWKV4
 from .s5 import S5, BidirectionalS5
 
 __all__ = [
+    "DSS",
     "GLA",
     "LRU",
     "RWKV4",
     "RWKV5",
     "RWKV6",
+    "S4D",
     "S5",
     "Attention",
     "BiMamba",
     "BidirectionalAttention",
     "BidirectionalChannelMix",
+    "BidirectionalDSS",
     "BidirectionalGLA",
     "BidirectionalGatedCNN",
     "BidirectionalHyena",
@@ -47,6 +52,7 @@ __all__ = [
     "BidirectionalRWKV5",
     "BidirectionalRWKV6",
     "BidirectionalRetNet",
+    "BidirectionalS4D",
     "BidirectionalS5",
     "ChannelMix",
     "GatedCNN",
@@ -62,6 +68,7 @@ __all__ = [
     "MixerInfo",
     "RGLRUBlock",
     "RetNet",
+    "SoftmaxDSS",
     "State",
     "create_mixer",
     "list_mixers",
