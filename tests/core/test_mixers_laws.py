@@ -28,6 +28,8 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         },
     ],
     "attention_bidirectional": [{"num_heads": 2}, {"num_heads": 2, "num_kv_heads": 1}],
+    "base_conv": [{"kernel_size": 1, "skip": False}, {"kernel_size": 18}],
+    "base_conv_bidirectional": [{"kernel_size": 5, "skip": False}],
     "bimamba": [{"d_state": 1, "d_conv": 1, "expand": 1, "average": False, "bias": True}],
     "gated_cnn": [{"kernel_size": 1, "conv_ratio": 0.5}, {"kernel_size": 4, "expansion": 2}],
     "gated_cnn_bidirectional": [{"kernel_size": 3, "conv_ratio": 0.25}],

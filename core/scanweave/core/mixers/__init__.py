@@ -13,6 +13,7 @@ from .base import (
 from .channel_mix import BidirectionalChannelMix, ChannelMix
 from .diagonal_dss import DSS, BidirectionalDSS, SoftmaxDSS
 from .diagonal_s4d import S4D, BidirectionalS4D
+from .gated_conv import BaseConv, BidirectionalBaseConv
 from .gated_cnn import BidirectionalGatedCNN, GatedCNN
 from .gla import GLA, BidirectionalGLA
 from .hydra import Hydra
@@ -40,8 +41,10 @@ __all__ = [
     "S4D",
     "S5",
     "Attention",
+    "BaseConv",
     "BiMamba",
     "BidirectionalAttention",
+    "BidirectionalBaseConv",
     "BidirectionalChannelMix",
     "BidirectionalDSS",
     "BidirectionalGLA",
