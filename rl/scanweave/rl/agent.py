@@ -23,6 +23,7 @@ from .agent_config import AgentConfig, default_targets
 from .atari import AtariDecisionMamba
 from .cloning import BehaviourCloning
 from .data import Episode, return_statistics, state_statistics
+from .graphed import graphed
 from .inputs import action_shape
 from .losses import choice_losses
 from .model import DecisionMamba
@@ -373,7 +374,9 @@ class Agent(nn.Module):
 
     def _begin(self, rows: int) -> None:
         self._running = Running(rows, self._asked)
-        self._memory = make_memory(self.model, rows, self._mode, self.config.pad_mode)
+        memory = make_memory(self.model, rows, self._mode, self.config.pad_mode)
+        replayed = self.config.cuda_graph and self.device.type == "cuda"
+        self._memory = graphed(memory) if replayed else memory
         shape = (rows, *action_shape(self.model))
         kind = torch.int64 if self.model.discrete else torch.float32
         self._previous = torch.zeros(shape, dtype=kind, device=self.device)

@@ -20,6 +20,7 @@ class AgentConfig:
         action_squash: The model's [-1, 1] is mapped to the action bounds, and actions never
             leave them. False: actions have no bounds and are the model's own (`action_tanh`
             must be False).
+        cuda_graph: On a GPU, in a mode that carries a state, record the step once and replay it.
         env_id: Environment the agent was made for.
         data: Statistics and origin of the training data.
     """
@@ -29,6 +30,7 @@ class AgentConfig:
     mode: str = "window"
     pad_mode: str = "masked"
     action_squash: bool = True
+    cuda_graph: bool = False
     env_id: str = ""
     data: dict[str, object] = field(default_factory=dict)
 
