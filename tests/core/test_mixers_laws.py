@@ -33,6 +33,11 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "bimamba": [{"d_state": 1, "d_conv": 1, "expand": 1, "average": False, "bias": True}],
     "gated_cnn": [{"kernel_size": 1, "conv_ratio": 0.5}, {"kernel_size": 4, "expansion": 2}],
     "gated_cnn_bidirectional": [{"kernel_size": 3, "conv_ratio": 0.25}],
+    "h3": [
+        {"d_state": 6, "head_dim": 2},
+        {"d_state": 2, "d_conv": 1, "head_dim": 4},
+        {"d_state": 4, "d_conv": 3, "mode": "scan"},
+    ],
     "gla": [
         {"num_heads": 2, "expand_k": 1, "expand_v": 0.5, "gate_low_rank_dim": 2},
         {"num_heads": 1, "gate_logit_normalizer": 1.0},

@@ -16,7 +16,7 @@ Check = Callable[..., None]
 DIM = 8
 # parameters that stay float32: few numbers, and rates depend on them steeply
 SENSITIVE = r"A_(b_)?log|D(_b)?|(dt|B|C)_bias|rg_lru\.recurrent_param|(nu|theta|gamma)_log"
-SENSITIVE += r"|filter_fn\.pos_emb\.z"
+SENSITIVE += r"|filter_fn\.pos_emb\.z|ssm_k_D|kernel\.kernel\.\w+"
 SENSITIVE += r"|Lambda_(re|im)|log_step"
 SENSITIVE += r"|time_(decay|first|faaaa)"
 SENSITIVE += r"|kernel\.(log_dt|log_A_real|A_imag)"

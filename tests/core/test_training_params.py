@@ -105,6 +105,7 @@ def test_errors() -> None:
 DECAYED: dict[str, tuple[str, ...]] = {
     "s4d": ("kernel.C",),
     "s4d_bidirectional": ("kernel.C",),
+    "h3": ("*kernel.C",),
     "lru": ("B_*", "C_*"),
     "s5": ("C",),
     "s5_bidirectional": ("C1", "C2"),
@@ -121,7 +122,14 @@ RATES: dict[str, dict[str, float]] = {
         ("s4d", "s4d_bidirectional"),
         dict.fromkeys(("kernel.log_*", "kernel.A_imag"), 1e-3),
     ),
-    **dict.fromkeys(("hyena", "hyena_bidirectional"), {"filter_fn.pos_emb.z": 1e-5}),
+    "hyena": {"filter_fn.pos_emb.z": 1e-5},
+    "hyena_bidirectional": {"filter_fn.pos_emb.z": 1e-5},
+    "h3": {
+        "ssm_k_kernel.kernel.B": 1e-3,
+        **dict.fromkeys(
+            [f"kernel.kernel.{k}" for k in ("log_dt", "B", "inv_A_real", "A_imag")], 1e-3
+        ),
+    },
     "rwkv4": {"time_decay": 0.02, "time_first": 0.03},
     "rwkv4_bidirectional": {"time_decay": 0.02, "time_first": 0.03},
     "rwkv5": {"time_decay": 0.02},

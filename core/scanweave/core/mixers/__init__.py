@@ -13,9 +13,10 @@ from .base import (
 from .channel_mix import BidirectionalChannelMix, ChannelMix
 from .diagonal_dss import DSS, BidirectionalDSS, SoftmaxDSS
 from .diagonal_s4d import S4D, BidirectionalS4D
-from .gated_conv import BaseConv, BidirectionalBaseConv
 from .gated_cnn import BidirectionalGatedCNN, GatedCNN
+from .gated_conv import BaseConv, BidirectionalBaseConv
 from .gla import GLA, BidirectionalGLA
+from .h3 import H3
 from .hydra import Hydra
 from .hyena import BidirectionalHyena, Hyena
 from .linear_attention import BidirectionalLinearAttention, LinearAttention
@@ -34,6 +35,7 @@ from .s5 import S5, BidirectionalS5
 __all__ = [
     "DSS",
     "GLA",
+    "H3",
     "LRU",
     "RWKV4",
     "RWKV5",
