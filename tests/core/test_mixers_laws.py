@@ -30,6 +30,8 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "attention_bidirectional": [{"num_heads": 2}, {"num_heads": 2, "num_kv_heads": 1}],
     "base_conv": [{"kernel_size": 1, "skip": False}, {"kernel_size": 18}],
     "base_conv_bidirectional": [{"kernel_size": 5, "skip": False}],
+    "based": [{"num_heads": 2, "feature_dim": 2}, {"num_heads": 4, "feature_dim": 1}],
+    "based_bidirectional": [{"num_heads": 2, "feature_dim": 3}],
     "bimamba": [{"d_state": 1, "d_conv": 1, "expand": 1, "average": False, "bias": True}],
     "gated_cnn": [{"kernel_size": 1, "conv_ratio": 0.5}, {"kernel_size": 4, "expansion": 2}],
     "gated_cnn_bidirectional": [{"kernel_size": 3, "conv_ratio": 0.25}],
@@ -115,7 +117,9 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
 # a token that is alone is its own mean but for eps, so that gradients of its weight are as small as
 # eps is, and of them only rounding is left
 COMMON: dict[str, dict[str, Any]] = {
-    name: {"eps": 0.1} for name in ("linear_attention", "linear_attention_bidirectional")
+    f"{name}{ways}": {"eps": 0.1}
+    for name in ("based", "linear_attention")
+    for ways in ("", "_bidirectional")
 }
 Case = tuple[str, dict[str, Any]]
 

@@ -10,6 +10,7 @@ from .base import (
     mixer_info,
     register_mixer,
 )
+from .based import Based, BidirectionalBased
 from .channel_mix import BidirectionalChannelMix, ChannelMix
 from .diagonal_dss import DSS, BidirectionalDSS, SoftmaxDSS
 from .diagonal_s4d import S4D, BidirectionalS4D
@@ -44,9 +45,11 @@ __all__ = [
     "S5",
     "Attention",
     "BaseConv",
+    "Based",
     "BiMamba",
     "BidirectionalAttention",
     "BidirectionalBaseConv",
+    "BidirectionalBased",
     "BidirectionalChannelMix",
     "BidirectionalDSS",
     "BidirectionalGLA",
