@@ -32,7 +32,7 @@ from scanweave.core import (
     gated_linear_scan_step,
     ssd,
 )
-from scanweave.core.ops.gated import gated_linear_scan_ref, portable
+from scanweave.core.ops.gated import compiled, gated_linear_scan_ref, portable
 
 pytestmark = pytest.mark.poison
 Check = Callable[..., None]
@@ -68,6 +68,22 @@ def test_equals_the_definition(
     for reverse in (False, True):
         options = {"exclusive": exclusive, "reverse": reverse, **ALL}
         compare(assert_near, gated_linear_scan, gated_linear_scan_ref, inputs, **options)
+
+
+@pytest.mark.parametrize("steep", [-300.0, -1e30, -math.inf])
+@pytest.mark.parametrize("exclusive", [False, True])
+@pytest.mark.parametrize("kind", ["tokens", "all"])
+def test_steep_decays_take_no_digits(
+    assert_near: Check, monkeypatch: pytest.MonkeyPatch, kind: str, exclusive: bool, steep: float
+):
+    """What is kept after a steep step is as exact as what was before it."""
+    monkeypatch.setattr(compiled, "takes", lambda *_: False)
+    inputs = gated_inputs(2, 40, 2, 3, 4, kind=kind, dtype=torch.float32)
+    g = inputs["g"].detach().clone()
+    g[:, 3::9] = steep
+    inputs["g"] = g.requires_grad_()
+    options = {"exclusive": exclusive, **ALL}
+    compare(assert_near, gated_linear_scan, gated_linear_scan_ref, inputs, **options)
 
 
 @pytest.mark.parametrize("without", [OPTIONAL, ("write", "skip"), ("initial_state",)], ids=str)

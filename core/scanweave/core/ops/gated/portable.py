@@ -9,7 +9,8 @@ that enters the chunk,
     o       = (P * write) v + exp(R) q h
     h_next  = exp(S_Q) h + sum_j exp(S_Q - S[j]) write[j] k[j] v[j]^T
 
-so that all the work is matrix products. No exponent is ever above 0. Chunks are laid out
+so that all the work is matrix products. No exponent is ever above 0; differences of S are summed
+of their own decays, as a steep one would take the digits of all later sums. Chunks are laid out
 step-major: the first chunks of all sequences, then the second ones, ... with sequences sorted by
 falling length, so that the ones still running are the first rows. Blocks of chunks bound the
 memory; the backward keeps one state per block and recomputes the others.
@@ -160,6 +161,18 @@ def _problem(
     )
 
 
+def _between(g: Tensor, axis: int, exclusive: bool) -> Tensor:
+    """Sums of the log decays from the step after j to step i; axes i and j for `axis` of `g`."""
+    steps = g.shape[axis]
+    later = torch.ones(steps, steps, dtype=torch.bool, device=g.device).tril(-1)
+    later = later.reshape(steps, steps, *(1,) * (g.ndim - 1 - axis))
+    sums = torch.where(later, g.unsqueeze(axis + 1), 0).cumsum(axis)
+    if not exclusive:
+        return sums
+    none = torch.zeros_like(sums.narrow(axis, 0, 1))
+    return torch.cat([none, sums.narrow(axis, 0, steps - 1)], axis)
+
+
 class _Block:
     """What forward and backward share of a range of chunks."""
 
@@ -175,34 +188,28 @@ class _Block:
         self.write = None if p.write is None else take(p.write).unsqueeze(-1)
         # (M, G, Q, U), or (M, G, Q, K) a channel
         g = self.v.new_zeros(count, groups, steps, heads) if p.g is None else take(p.g)
-        self.sums = g.cumsum(2)
-        read = self.sums
-        if p.exclusive:
-            read = torch.cat([torch.zeros_like(read[:, :, :1]), read[:, :, :-1]], 2)
-        self.total = self.sums[:, :, -1:]
+        none = torch.zeros_like(g[:, :, :1])
+        sums = g.cumsum(2)
+        read = torch.cat([none, sums[:, :, :-1]], 2) if p.exclusive else sums
+        later = torch.cat([g[:, :, 1:], none], 2).flip(2).cumsum(2).flip(2)
         # a value column of ones: a decay a head scales rows of (Q, U, V), one a channel (Q, K)
         lift = 0 if p.vector else 1
         self.reading = torch.exp(read).reshape(*read.shape, *(1,) * lift)
-        leaving = torch.exp((self.total - self.sums).clamp_(max=0))
-        self.leaving = leaving.reshape(*leaving.shape, *(1,) * lift)
-        across = torch.exp(self.total)  # (M, G, 1, U or K)
+        self.leaving = torch.exp(later).reshape(*later.shape, *(1,) * lift)
+        across = torch.exp(sums[:, :, -1:])  # (M, G, 1, U or K)
         self.across = (
             across.squeeze(2).unsqueeze(-1)
             if p.vector
             else across.unsqueeze(-1).expand(-1, -1, -1, -1, width).flatten(3)
         )  # scales (M, G, K, U V)
-        if p.vector:
-            between = read.unsqueeze(3) - self.sums.unsqueeze(2)  # (M, G, Q, Q, K)
-        else:
-            read, sums = read.transpose(2, 3), self.sums.transpose(2, 3)
-            between = read.unsqueeze(4) - sums.unsqueeze(3)  # (M, G, U, Q, Q)
+        # of channels (M, G, Q, Q, K), of heads (M, G, U, Q, Q)
+        between = _between(g, 2, p.exclusive) if p.vector else _between(g.mT, 3, p.exclusive)
         places = torch.arange(steps, device=g.device)
         steps_between = places.unsqueeze(1) - places - int(p.exclusive)  # (Q, Q)
         # pairs whose weight depends on a decay: the others must not enter sums that cancel them
         self.decayed = steps_between > 0
-        seen = steps_between >= 0
-        seen = seen.unsqueeze(-1) if p.vector else seen
-        self.decays = torch.where(seen, torch.exp(between.clamp_(max=0)), 0)
+        seen = (steps_between >= 0).reshape(steps, steps, *(1,) * p.vector)
+        self.decays = torch.where(seen, torch.exp(between), 0)
         if p.vector:
             products = self.q.unsqueeze(3) * self.k.unsqueeze(2)
             self.pairs = (products * self.decays).sum(-1).unsqueeze(2)  # (M, G, 1, Q, Q)
