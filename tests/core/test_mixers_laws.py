@@ -113,6 +113,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "dss": [{"d_state": 3, "dt_min": 0.1, "dt_max": 1.0, "mode": "scan"}],
     "dss_bidirectional": [{"d_state": 2, "mode": "conv"}],
     "dss_softmax": [{"d_state": 2, "dt_min": 0.1, "dt_max": 1.0}],
+    "gss": [{"d_state": 3, "d_ssm": 4, "expand": 2, "norm": True}],
 }
 # a token that is alone is its own mean but for eps, so that gradients of its weight are as small as
 # eps is, and of them only rounding is left

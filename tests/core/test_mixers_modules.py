@@ -21,6 +21,7 @@ SENSITIVE += r"|Lambda_(re|im)|log_step"
 SENSITIVE += r"|time_(decay|first|faaaa)"
 SENSITIVE += r"|kernel\.(log_dt|log_A_real|A_imag)"
 SENSITIVE += r"|kernel\.Lambda(_\w+)?"
+SENSITIVE += r"|dss\.(Lambda_(real|imag)|param_D)"
 EACH = pytest.mark.parametrize("name", list_mixers())
 CAUSAL = pytest.mark.parametrize("name", list_mixers(causal=True))
 RECURRENT = pytest.mark.parametrize("name", list_mixers(recurrent=True))

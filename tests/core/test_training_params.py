@@ -103,6 +103,7 @@ def test_errors() -> None:
 
 # matrices of mixers that are decayed, besides the weights of linear layers and convolutions
 DECAYED: dict[str, tuple[str, ...]] = {
+    "gss": ("dss.C_*",),
     "s4d": ("kernel.C",),
     "s4d_bidirectional": ("kernel.C",),
     "h3": ("*kernel.C",),
@@ -117,6 +118,7 @@ SPARED: dict[str, tuple[str, ...]] = {
 }
 # rates of their own, for lr = 0.01
 RATES: dict[str, dict[str, float]] = {
+    "gss": {"dss.Lambda_*": 1e-3},
     **{name: {"kernel.*": 1e-3} for name in ("dss", "dss_bidirectional", "dss_softmax")},
     **dict.fromkeys(
         ("s4d", "s4d_bidirectional"),

@@ -17,6 +17,7 @@ from .diagonal_s4d import S4D, BidirectionalS4D
 from .gated_cnn import BidirectionalGatedCNN, GatedCNN
 from .gated_conv import BaseConv, BidirectionalBaseConv
 from .gla import GLA, BidirectionalGLA
+from .gss import GSS
 from .h3 import H3
 from .hydra import Hydra
 from .hyena import BidirectionalHyena, Hyena
@@ -36,6 +37,7 @@ from .s5 import S5, BidirectionalS5
 __all__ = [
     "DSS",
     "GLA",
+    "GSS",
     "H3",
     "LRU",
     "RWKV4",
