@@ -273,6 +273,10 @@ class Attention(Mixer):
         y, _ = self._attend(q, k, v, None, None)
         return self._repeated(v).transpose(1, 2), y.transpose(1, 2)
 
+    def finish(self, x: Tensor, outputs: Tensor) -> Tensor:
+        """See `Mixer.finish`."""
+        return self.out_proj(outputs.transpose(1, 2).flatten(2))
+
     def _repeated(self, v: Tensor) -> Tensor:
         """Keys or values, (B, L, H, P): a head for every query head."""
         return v.repeat_interleave(self.num_heads // self.num_kv_heads, 2)

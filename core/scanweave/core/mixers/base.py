@@ -200,6 +200,68 @@ class Mixer(nn.Module):
         """
         raise NotImplementedError
 
+    def finish(self, x: Tensor, outputs: Tensor) -> Tensor:
+        """What follows the core: `finish(x, core(x)[1])` is `forward(x)`.
+
+        Args:
+            x: Inputs, (B, L, D), which gates and skips read.
+            outputs: The core's, or what somebody made of them, (B, C, L, P).
+
+        Returns:
+            Outputs, (B, L, D).
+        """
+        raise NotImplementedError
+
+    def knock_out(
+        self,
+        x: Tensor,
+        sources: Tensor,
+        targets: Tensor | None = None,
+        *,
+        channels: Tensor | None = None,
+    ) -> Tensor:
+        """Run without what some tokens contribute to others, M[targets, sources] being 0.
+
+        The core is linear in its values, so that this takes a product away from its outputs; what
+        gates, normalisers and short convolutions carry stays. L^2 memory a channel.
+
+        Args:
+            x: Inputs, (B, L, D).
+            sources: True at tokens that are not heard, (L,) or (B, L) bool.
+            targets: True at tokens that do not hear them, as `sources`; None is all.
+            channels: True at channels or heads C of `matrix` to do it in, (C,) bool; None is all.
+
+        Returns:
+            Outputs, (B, L, D).
+
+        Raises:
+            ValueError: a mask does not fit x.
+
+        Source: Endy et al. 2025 (Mamba Knockout), arXiv 2505.24244.
+        """
+        values, outputs = self.core(x)
+        for name, v in (("sources", sources), ("targets", targets)):
+            shapes = (x.shape[1:2], x.shape[:2])
+            if v is not None and (v.dtype != torch.bool or v.shape not in shapes):
+                raise ValueError(
+                    f"{name} must be bool (L,) or (B, L) = {tuple(x.shape[:2])}, "
+                    f"got {v.dtype} {tuple(v.shape)}"
+                )
+        count = values.shape[1:2]
+        if channels is not None and (channels.dtype != torch.bool or channels.shape != count):
+            raise ValueError(
+                f"channels must be bool (C,) = {tuple(count)}, "
+                f"got {channels.dtype} {tuple(channels.shape)}"
+            )
+        # (B or 1, 1, L, 1), and behind it (C, 1, 1)
+        heard = values.masked_fill(~_as_tokens(sources), 0)
+        lost = self.matrix(x).to(values.dtype) @ heard
+        if targets is not None:
+            lost = lost.masked_fill(~_as_tokens(targets), 0)
+        if channels is not None:
+            lost = lost.masked_fill(~channels[:, None, None], 0)
+        return self.finish(x, (outputs - lost).to(outputs.dtype))
+
     def reset_parameters(self) -> None:
         """Draw every parameter anew."""
         raise NotImplementedError
@@ -214,6 +276,11 @@ class Mixer(nn.Module):
                 if hasattr(p, mark):
                     setattr(twin.get_parameter(name), mark, copy.copy(getattr(p, mark)))
         return twin
+
+
+def _as_tokens(mask: Tensor) -> Tensor:
+    """A mask of tokens, (L,) or (B, L), for (B, C, L, P)."""
+    return mask.reshape(-1, 1, mask.shape[-1], 1)
 
 
 @dataclass(frozen=True)

@@ -202,6 +202,10 @@ class DiagonalSSM(Mixer):
         y = self._run(v, None, None, False)[0]
         return v.transpose(1, 2).unsqueeze(-1), y.transpose(1, 2).unsqueeze(-1)
 
+    def finish(self, x: Tensor, outputs: Tensor) -> Tensor:
+        """See `Mixer.finish`."""
+        return self._join(outputs.squeeze(-1).transpose(1, 2), self._split(x)[1])
+
     def matrix(self, x: Tensor) -> Tensor:
         """See `Mixer.matrix`: the kernel at t - s and D at t = s; the same for all x."""
         log_a, B, C = self._terms()

@@ -82,6 +82,13 @@ class _GatedCNNBase(Mixer):
         y = self._convolve(c, None, None)[0] - self.conv.bias
         return c.transpose(1, 2).unsqueeze(-1), y.transpose(1, 2).unsqueeze(-1)
 
+    def finish(self, x: Tensor, outputs: Tensor) -> Tensor:
+        """See `Mixer.finish`."""
+        g, i, _ = self.fc1(x).split(self._widths, -1)
+        assert self.conv.bias is not None
+        c = outputs.squeeze(-1).transpose(1, 2) + self.conv.bias
+        return self.fc2(F.gelu(g) * torch.cat([i, c], -1))
+
     def matrix(self, x: Tensor) -> Tensor:
         """See `Mixer.matrix`: the taps as a banded matrix, the same for every input."""
         batch, length, _ = x.shape

@@ -79,6 +79,11 @@ class _BaseConvBase(Mixer):
         y = self._gate(conv(x, weight, torch.zeros_like(bias)), x)
         return x.transpose(1, 2).unsqueeze(-1), y.transpose(1, 2).unsqueeze(-1)
 
+    def finish(self, x: Tensor, outputs: Tensor) -> Tensor:
+        """See `Mixer.finish`."""
+        y = outputs.squeeze(-1).transpose(1, 2)
+        return y + self._taps()[1] * self.projection(x)
+
     def matrix(self, x: Tensor) -> Tensor:
         """See `Mixer.matrix`: a band of taps, each row times its token's projection."""
         weight, length = self._taps()[0], x.shape[1]

@@ -288,6 +288,11 @@ class H3(Mixer):
         read = self._answers(q, y).unflatten(-1, (self.head_dim, self.heads))
         return self._by_head(v), read.permute(0, 3, 1, 2)
 
+    def finish(self, x: Tensor, outputs: Tensor) -> Tensor:
+        """See `Mixer.finish`."""
+        # the place in its head comes first in a channel's number
+        return self.output_linear(outputs.permute(0, 2, 3, 1).flatten(2))
+
     def matrix(self, x: Tensor) -> Tensor:
         """See `Mixer.matrix`: (q[t] . k'[s]) K[t - s], K the head's kernel with D at lag 0.
 

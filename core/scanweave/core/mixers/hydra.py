@@ -170,6 +170,11 @@ class Hydra(Mixer):
         y = bidirectional_gated_linear_scan(C, B, v, g, delta, diagonal, form="quasi_separable")
         return v.transpose(1, 2), y.transpose(1, 2)
 
+    def finish(self, x: Tensor, outputs: Tensor) -> Tensor:
+        """See `Mixer.finish`."""
+        z = self._scan_inputs(x, None)[0]
+        return self.out_proj(self.norm(outputs.transpose(1, 2).flatten(2), z))
+
     def matrix(self, x: Tensor) -> Tensor:
         """See `Mixer.matrix`: the quasi-separable matrix, one a head.
 

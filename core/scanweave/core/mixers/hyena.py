@@ -186,6 +186,10 @@ class _HyenaBase(Mixer):
         y, _ = self._convolve(gates, v, None, None)
         return v.transpose(1, 2).unsqueeze(-1), y.transpose(1, 2).unsqueeze(-1)
 
+    def finish(self, x: Tensor, outputs: Tensor) -> Tensor:
+        """See `Mixer.finish`."""
+        return self.out_proj(outputs.squeeze(-1).transpose(1, 2))
+
     def matrix(self, x: Tensor) -> Tensor:
         """See `Mixer.matrix`: Toeplitz matrices between diagonal ones, a channel each.
 

@@ -178,6 +178,10 @@ class FeatureAttention(Mixer):
         y, _ = self._attended(q, k, v, None, None, False)
         return v.transpose(1, 2), y.transpose(1, 2)
 
+    def finish(self, x: Tensor, outputs: Tensor) -> Tensor:
+        """See `Mixer.finish`."""
+        return self._out(outputs.transpose(1, 2), self._heads(x)[2].dtype)
+
     def matrix(self, x: Tensor) -> Tensor:
         """See `Mixer.matrix`: the weights w over their sum, a head each."""
         q, k, _ = self._heads(x)

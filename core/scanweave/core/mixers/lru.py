@@ -148,6 +148,10 @@ class LRU(Mixer):
         h = linear_scan(u * self._gamma(), self._log_a())
         return u.transpose(1, 2).unsqueeze(-1), h.transpose(1, 2).unsqueeze(-1)
 
+    def finish(self, x: Tensor, outputs: Tensor) -> Tensor:
+        """See `Mixer.finish`."""
+        return self._read(outputs.squeeze(-1).transpose(1, 2), x)
+
     def matrix(self, x: Tensor) -> Tensor:
         """See `Mixer.matrix`: gamma lambda^(t - s), complex, a state each; the same for all x."""
         places = torch.arange(x.shape[1], device=x.device)

@@ -223,6 +223,12 @@ class _MambaBase(Mixer):
         values, outputs = zip(*parts, strict=True)
         return torch.cat(values, 1), torch.cat(outputs, 1)
 
+    def finish(self, x: Tensor, outputs: Tensor) -> Tensor:
+        """See `Mixer.finish`."""
+        z = self.in_proj(x).chunk(2, -1)[1]
+        y = outputs.squeeze(-1).unflatten(1, (len(self._directions), -1)).sum(1)
+        return self.out_proj(y.transpose(1, 2) * F.silu(z))
+
     def matrix(self, x: Tensor) -> Tensor:
         """See `Mixer.matrix`: sum_n C[t, n] exp(A[n] sum delta(s, t]) delta[s] B[s, n], and D.
 
@@ -391,6 +397,10 @@ class BiMamba(_MambaBase):
             dtype=dtype,
         )
         self.average = average
+
+    def finish(self, x: Tensor, outputs: Tensor) -> Tensor:
+        """See `Mixer.finish`."""
+        return super().finish(x, 0.5 * outputs if self.average else outputs)
 
     def _mix(
         self, x: Tensor, state: State | None, cu_seqlens: Tensor | None, return_state: bool

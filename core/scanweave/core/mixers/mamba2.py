@@ -202,6 +202,11 @@ class Mamba2(Mixer):
         y = ssd(v, dt, self._rates(), B, C, self.D, self.dt_bias, True, self.dt_limit)
         return v.transpose(1, 2), y.transpose(1, 2)
 
+    def finish(self, x: Tensor, outputs: Tensor) -> Tensor:
+        """See `Mixer.finish`."""
+        z = self._split(x)[0]
+        return self.out_proj(self.norm(outputs.transpose(1, 2).flatten(2), z))
+
     def matrix(self, x: Tensor) -> Tensor:
         """See `Mixer.matrix`: C[t] . B[s] exp(A sum delta(s, t]) delta[s], and D; a head each.
 

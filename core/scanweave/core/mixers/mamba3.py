@@ -289,6 +289,10 @@ class Mamba3(Mixer):
         y = gated_linear_scan(t.reading(q), k, t.v, t.g, write, skip, exclusive=True)
         return t.v.transpose(1, 2), y.transpose(1, 2)
 
+    def finish(self, x: Tensor, outputs: Tensor) -> Tensor:
+        """See `Mixer.finish`."""
+        return self._out(outputs.transpose(1, 2), self._tokens(x).z)
+
     def matrix(self, x: Tensor) -> Tensor:
         """See `Mixer.matrix`: q[t] . k[s] exp(sum g(s, t]) write[s], and skip; a head each."""
         t = self._tokens(x)

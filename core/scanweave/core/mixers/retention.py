@@ -230,6 +230,11 @@ class RetNet(Mixer):
         v, y, _ = self._retained(x, None, None)
         return v.transpose(1, 2), y.transpose(1, 2)
 
+    def finish(self, x: Tensor, outputs: Tensor) -> Tensor:
+        """See `Mixer.finish`."""
+        y = outputs.transpose(1, 2)
+        return self._out(self._scaled(y, None, None) if self.causal else y, x)
+
     def matrix(self, x: Tensor) -> Tensor:
         """See `Mixer.matrix`: (q[t] . k[s]) decay^|t - s|, a head each.
 

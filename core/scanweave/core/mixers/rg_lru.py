@@ -248,6 +248,10 @@ class RGLRUBlock(Mixer):
         h = linear_scan((w * factor).to(w.dtype), log_a)
         return w.transpose(1, 2).unsqueeze(-1), h.transpose(1, 2).unsqueeze(-1)
 
+    def finish(self, x: Tensor, outputs: Tensor) -> Tensor:
+        """See `Mixer.finish`."""
+        return self.linear_out(outputs.squeeze(-1).transpose(1, 2) * self._gate(x))
+
     def matrix(self, x: Tensor) -> Tensor:
         """See `Mixer.matrix`: exp(sum log a(s, t]) sqrt(1 - a[s]^2) i[s], a channel each."""
         _, log_a, factor = self._scanned(x)

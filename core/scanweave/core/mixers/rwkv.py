@@ -174,6 +174,11 @@ class _MatrixRWKV(Mixer):
         y = gated_linear_scan(r, k, v, g, exclusive=True, bonus=self._bonus())
         return v.transpose(1, 2), y.transpose(1, 2)
 
+    def finish(self, x: Tensor, outputs: Tensor) -> Tensor:
+        """See `Mixer.finish`."""
+        z = self._inputs(x, self._near(x, None))[3]
+        return self._out(outputs.transpose(1, 2), z)
+
     def matrix(self, x: Tensor) -> Tensor:
         """See `Mixer.matrix`: r[t] . k[s] by the decays between them, and the bonus, a head each.
 

@@ -195,15 +195,24 @@ class RWKV4(Mixer):
         state["shift"].copy_(x)
         return self.output(r * y.to(v.dtype)), state
 
+    def _near(self, x: Tensor) -> Tensor:
+        """The tokens that are mixed in, of a dense batch."""
+        return token_before(x, None, None)[0]
+
     def _averaged(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Keys, values and averages of a dense batch."""
-        k, v, _ = self._projected(x, token_before(x, None, None)[0])
+        k, v, _ = self._projected(x, self._near(x))
         return k, v, wkv(k, v, *self._rates())
 
     def core(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """See `Mixer.core`: values and averages, a channel each."""
         _, v, y = self._averaged(x)
         return v.transpose(1, 2).unsqueeze(-1), y.transpose(1, 2).unsqueeze(-1)
+
+    def finish(self, x: Tensor, outputs: Tensor) -> Tensor:
+        """See `Mixer.finish`."""
+        r = self._projected(x, self._near(x))[2]
+        return self.output(r * outputs.squeeze(-1).transpose(1, 2))
 
     def _weights(self, k: Tensor) -> Tensor:
         """Weights of the tokens from the first one on, (B, E, L, L); rows sum to 1."""
@@ -253,8 +262,11 @@ class BidirectionalRWKV4(RWKV4):
         k, v, r = self._projected(x, tokens_around(x, cu_seqlens))
         return self.output(r * self._both(k, v, cu_seqlens)), None
 
+    def _near(self, x: Tensor) -> Tensor:
+        return tokens_around(x, None)
+
     def _averaged(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        k, v, _ = self._projected(x, tokens_around(x, None))
+        k, v, _ = self._projected(x, self._near(x))
         return k, v, self._both(k, v, None)
 
     def matrix(self, x: Tensor) -> Tensor:

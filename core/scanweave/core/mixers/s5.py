@@ -216,6 +216,11 @@ class S5(Mixer):
         h = linear_scan(u * factor, log_a)
         return u.transpose(1, 2).unsqueeze(-1), h.transpose(1, 2).unsqueeze(-1)
 
+    def finish(self, x: Tensor, outputs: Tensor) -> Tensor:
+        """See `Mixer.finish`."""
+        h = outputs.squeeze(-1).transpose(1, 2)
+        return self._read(h.chunk(len(self._readouts()), -1), x)
+
     def matrix(self, x: Tensor) -> Tensor:
         """See `Mixer.matrix`: factor exp((t - s) log_a), complex, a state each; for all x."""
         log_a, factor = self._discrete()
