@@ -28,6 +28,7 @@ from .mamba import BiMamba, Mamba
 from .mamba2 import Mamba2
 from .mamba3 import Mamba3
 from .mamba_heads import MambaHeads
+from .phi_mamba import PhiMamba
 from .retention import BidirectionalRetNet, RetNet
 from .rg_lru import RGLRUBlock
 from .rwkv import RWKV5, RWKV6, BidirectionalRWKV5, BidirectionalRWKV6
@@ -76,6 +77,7 @@ __all__ = [
     "MambaHeads",
     "Mixer",
     "MixerInfo",
+    "PhiMamba",
     "RGLRUBlock",
     "RetNet",
     "SoftmaxDSS",

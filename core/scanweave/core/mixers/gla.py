@@ -187,14 +187,10 @@ class GLA(Mixer):
         v, y, _ = self._scanned(x, None, None, False)
         return v.transpose(1, 2), y.transpose(1, 2)
 
-    def finish(self, x: Tensor, outputs: Tensor) -> Tensor:
-        """See `Mixer.finish`."""
-        return self._out(outputs.transpose(1, 2), x)
-
     def matrix(self, x: Tensor) -> Tensor:
         """See `Mixer.matrix`: sum of q[t] k[s] exp(g(s, t]) over K / sqrt(K); (L, L, K) in memory.
 
-        Source: Yang et al. 2023, arXiv 2312.06635, equation 3.
+        Source: Yang et al. 2023, arXiv 2312.06635, section 4.
         """
         q, k, _ = self._heads(x)
         gates = self._gates(x)
