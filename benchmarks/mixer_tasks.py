@@ -175,10 +175,12 @@ class Pendulum:
 
     metric, parameters = "return", 20_000
     batch, steps, lr = 64, 400, 2e-3
-    episodes = 20
+    recordings, episodes = 300, 20
 
     def __init__(self) -> None:
-        self.recorded = record_episodes("Pendulum-v1", 300, noise=0.75, action_noise=0.1, seed=0)
+        self.recorded = record_episodes(
+            "Pendulum-v1", self.recordings, noise=0.75, action_noise=0.1, seed=0
+        )
         self.windows = TrajectoryWindows(self.recorded, 5)
         self.size = len(self.windows)
 

@@ -9,16 +9,16 @@
     step     one token of many running episodes; recurrent mixers only
 
 A mixer alone is timed, with its default options: the layers around it (a second mixer for causal
-ones in graphs, alternating directions in images) are not. `attention` and `attention_bidirectional`
-are the ones to compare with. Forward is without gradients; forward+backward gives those of the input
-and of every parameter. On a GPU weights are float32 under bfloat16 autocast, on a CPU all is
-float32. State bytes are those that one sequence carries after the shape's tokens, 60 for `step`
-(`state_spec`; attention keeps all keys and values, so that its state grows).
+ones in graphs, alternating directions in images) are not. `attention` and
+`attention_bidirectional` are the ones to compare with. Forward is without gradients;
+forward+backward gives those of the input and of every parameter. On a GPU weights are float32 under
+bfloat16 autocast, on a CPU all is float32. State bytes are those that one sequence carries after
+the shape's tokens, 60 for `step` (attention keeps all keys and values, so that its state grows).
 
 No time without a check: outputs of the first sequences are compared with those of a float64 copy of
-the mixer. The CSV grows by the rows of one mixer and shape at a time, and what it already holds of a
-device is not measured again. `tokens_per_s` is by the kernels' time or a graph's replay on a GPU, by
-the processor's on a CPU, where those are known and less.
+the mixer. The CSV grows by the rows of one mixer and shape at a time, and what it already holds of
+a device is not measured again. `tokens_per_s` is by the least of the times: the kernels' or a
+graph's replay on a GPU, the processor's on a CPU, where those are known.
 """
 
 import argparse
