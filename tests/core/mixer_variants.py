@@ -2,6 +2,9 @@
 
 from typing import Any
 
+HYMBA = {"window": 3, "prefix": 2, "expand": 2}
+ZAMBA = {"window": 3, "num_heads": 2}
+TWO = {"num_experts": 2, "top_k": 2, "balance": 0}
 # besides every mixer's defaults: the smallest sizes, and options that change the code's path
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "attention": [
@@ -72,6 +75,22 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "mamba_heads": [
         {"n_heads": 2, "bcdt_norm": False, "d_state": 3},
         {"n_heads": 4, "d_conv": 1, "dt_rank": 2, "expand": 1, "conv_bias": False},
+    ],
+    "bidirectional": [
+        {"mixer": "lru", "mixer_args": {"d_state": 3}, "merge": "concat"},
+        {"mixer": "rg_lru", "tied": True},
+    ],
+    "parallel": [
+        {"mixers": ["mamba_heads", ["local_attention", {"expand": 2}]], "merge": "norm"},
+        {"mixers": ["gated_cnn", "local_attention", "lru"], "merge": "concat"},
+    ],
+    "stack": [
+        {"pattern": "(w|m f)", "meta_tokens": 2, "letters": {"w": ["local_attention", HYMBA]}},
+        {"pattern": "(S>l) (S>c e)", "letters": {"S": ["shared", ZAMBA], "e": ["moe", TWO]}},
+    ],
+    "stack_bidirectional": [
+        {"pattern": "(w|g p)", "meta_tokens": 2, "merge": "concat"},
+        {"pattern": "(S>l) (hydra>l)", "letters": {"S": ["shared", ZAMBA]}},
     ],
     "rg_lru": [
         {"d_conv": 1, "headdim": 2, "decay_range": (0.3, 0.6)},

@@ -77,9 +77,9 @@ def test_unknown_mixer():
 
 @pytest.mark.parametrize("name", list_mixers())
 def test_unknown_argument(name: str):
-    rule = rf"mixer '{name}' does not take depth, width; it takes .*device, dtype"
+    rule = rf"mixer '{name}' does not take breadth, height; it takes .*device, dtype"
     with pytest.raises(TypeError, match=rule):
-        create_mixer(name, 8, width=3, depth=2)
+        create_mixer(name, 8, height=3, breadth=2)
 
 
 def test_arguments_reach_the_mixer():

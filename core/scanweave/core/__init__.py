@@ -22,6 +22,7 @@ from .ops.selective import (
     selective_scan_step,
 )
 from .ops.wkv import wkv, wkv_step
+from .stack import create_stack
 
 __all__ = [
     "Mixer",
@@ -31,6 +32,7 @@ __all__ = [
     "causal_conv1d",
     "causal_conv1d_step",
     "create_mixer",
+    "create_stack",
     "decompositions",
     "diagonal_ssm",
     "diagonal_ssm_step",
