@@ -187,6 +187,10 @@ class GLA(Mixer):
         v, y, _ = self._scanned(x, None, None, False)
         return v.transpose(1, 2), y.transpose(1, 2)
 
+    def finish(self, x: Tensor, outputs: Tensor) -> Tensor:
+        """See `Mixer.finish`."""
+        return self._out(outputs.transpose(1, 2), x)
+
     def matrix(self, x: Tensor) -> Tensor:
         """See `Mixer.matrix`: sum of q[t] k[s] exp(g(s, t]) over K / sqrt(K); (L, L, K) in memory.
 

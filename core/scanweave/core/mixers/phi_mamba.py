@@ -174,6 +174,10 @@ class PhiMamba(Mixer):
         y = gated_linear_scan(C, B, v, g, None, self.D)
         return v.transpose(1, 2), y.transpose(1, 2)
 
+    def finish(self, x: Tensor, outputs: Tensor) -> Tensor:
+        """See `Mixer.finish`."""
+        return self.out_proj(outputs.transpose(1, 2).flatten(2) * self._split(x)[1])
+
     def matrix(self, x: Tensor) -> Tensor:
         """See `Mixer.matrix`: C[t] . B[s] exp(sum g(s, t]), and D; a head each.
 
