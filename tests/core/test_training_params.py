@@ -108,6 +108,7 @@ DECAYED: dict[str, tuple[str, ...]] = {
     "s4d_bidirectional": ("kernel.C",),
     "h3": ("*kernel.C",),
     "lru": ("B_*", "C_*"),
+    "mamba_heads": ("x_proj.weight", "dt_proj.weight"),
     "s5": ("C",),
     "s5_bidirectional": ("C1", "C2"),
     "rg_lru": ("rg_lru.*_gate_weight",),
