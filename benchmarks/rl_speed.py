@@ -1,21 +1,26 @@
-"""Speed of acting and of training on a CPU, at the sizes of the published Hopper model.
+"""Speed of acting and of training, at the sizes of the published Hopper model.
 
     OMP_NUM_THREADS=1 python -m benchmarks.rl_speed --csv benchmarks/results/rl_speed.csv
+    python -m benchmarks.rl_speed --device cuda --clock wall --official decision-mamba
 
 D 128, three blocks, K 20, 11 state channels, 3 actions, with action tokens and timestep table.
 
-    official     one environment; the last K steps padded to K are read anew in every step
+    protocol     one environment; the last K steps padded to K are read anew in every step, as
+                 published, by our own model and kernels
+    published    the published loop itself, its code imported (`--official`, see `rl_official.py`)
     window, ...  `Agent.act` with 1, 64 and 1024 environments in each of its modes
     updates      one training step on 64 windows: forward, backward, clipping, AdamW
 
-Acting is timed without an environment's own work, after the windows are full. Both sides run the
-same kernels, so the ratio is that of the ways to act. Seconds are the process's own time on its
-core where that is the only thread (`--clock cpu`), so that a loaded machine distorts them little;
-the wall clock is what a latency needs (`--clock wall`).
+Acting is timed without an environment's own work, when windows are full. Everything that is
+compared at a number of environments takes turns, call by call, so that a machine's other load is
+the same for all of it. Seconds are the process's own time on its core where that is the only thread
+(`--clock cpu`), so that a loaded machine distorts them little; the wall clock is what a latency
+needs (`--clock wall`).
 
     Row              one figure
-    measure_acting   mode, environments -> steps per second, latency, bytes per environment
-    measure_updates  mixer -> updates per second
+    Contestant       one way to act
+    measure_acting   contestants -> seconds of their calls
+    measure_updates  mixer -> seconds of updates
 """
 
 import argparse
@@ -34,6 +39,8 @@ from torch import Tensor, nn
 
 from scanweave.rl import Agent, AgentConfig, DecisionMamba, Episode, TrajectoryWindows
 
+from .rl_official import Official, episode_seconds, load_official, update_seconds
+
 STATE, ACTION, LENGTH = 11, 3, 20
 MODES = ("window", "recurrent", "periodic", "staggered")
 
@@ -43,6 +50,8 @@ class Row:
     """One figure.
 
     `per_second` counts environment steps or updates; `median_ms` and `p95_ms` are of one call.
+    `to_protocol` and `to_published` divide `per_second` by that of one environment in the same
+    turns, or by the published model's updates; 0 where that was not measured.
     """
 
     what: str
@@ -51,8 +60,20 @@ class Row:
     median_ms: float
     p95_ms: float
     bytes_per_env: int
+    to_protocol: float
+    to_published: float
     device: str
     torch: str
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One way to act: `call` gives the seconds of one or more calls."""
+
+    what: str
+    envs: int
+    call: Callable[[], list[float]]
+    held: Callable[[], int] = int
 
 
 def make_agent(mixer: str = "mamba", *, pad_mode: str = "masked", device: str = "cpu") -> Agent:
@@ -81,45 +102,50 @@ def held_bytes(thing: object, seen: set[int] | None = None) -> int:
     return sum(held_bytes(part, seen) for part in parts)
 
 
-def measure_acting(
-    agent: Agent, mode: str, envs: int, *, calls: int, clock: Callable[[], float]
-) -> tuple[list[float], int]:
-    """Seconds of single `act` calls with full windows, and bytes held per environment."""
+def contestant(
+    what: str, agent: Agent, mode: str, envs: int, clock: Callable[[], float]
+) -> Contestant:
+    """An agent with `envs` environments whose windows are full."""
     rng = np.random.default_rng(0)
     states = rng.standard_normal((8, envs, STATE)).astype(np.float32)
     rewards = rng.standard_normal((8, envs))
     agent.reset(num_envs=envs, mode=mode)
-    seconds = []
-    for t in range(LENGTH + calls):
+    done = 0
+
+    def call() -> list[float]:
+        nonlocal done
         began = clock()
-        agent.act(states[t % 8], rewards[t % 8] if t else None)
+        agent.act(states[done % 8], rewards[done % 8] if done else None)
         if agent.device.type == "cuda":
             torch.cuda.synchronize()
-        seconds.append(clock() - began)
-    return seconds[LENGTH:], held_bytes(agent._memory) // envs
+        done += 1
+        return [clock() - began]
+
+    for _ in range(LENGTH):
+        call()
+    return Contestant(what, envs, call, lambda: held_bytes(agent._memory) // envs)
+
+
+def measure_acting(contestants: Sequence[Contestant], *, calls: int) -> list[list[float]]:
+    """Seconds of each one's calls, which take turns."""
+    seconds: list[list[float]] = [[] for _ in contestants]
+    for _ in range(calls):
+        for one, found in zip(contestants, seconds, strict=True):
+            found += one.call()
+    return seconds
 
 
 def measure_updates(
     agent: Agent, *, calls: int, clock: Callable[[], float], batch: int = 64
 ) -> list[float]:
     """Seconds of single updates on random episodes."""
-    rng = np.random.default_rng(0)
-    episodes = [
-        Episode(
-            rng.standard_normal((200, STATE)),
-            rng.uniform(-1, 1, (200, ACTION)),
-            rng.standard_normal(200),
-        )
-        for _ in range(8)
-    ]
-    windows = TrajectoryWindows(episodes, LENGTH)
+    drawn = draw(agent.device.type, batch)
     agent.train()
     optimizer = torch.optim.AdamW(agent.parameters(), lr=1e-4)
     seconds = []
     for _ in range(calls + 2):
         began = clock()
-        drawn = windows.__getitems__(rng.integers(len(windows), size=batch).tolist())
-        loss, _ = agent({name: value.to(agent.device) for name, value in drawn.items()})
+        loss, _ = agent(drawn())
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(agent.parameters(), 0.25)
@@ -130,43 +156,106 @@ def measure_updates(
     return seconds[2:]
 
 
-def rows(
-    counts: Sequence[int], *, calls: int, clock: Callable[[], float], device: str = "cpu"
-) -> Iterator[Row]:
-    """All figures, one after the other."""
+def draw(device: str, batch: int = 64) -> Callable[[], dict[str, Tensor]]:
+    """Batches of windows of random episodes."""
+    rng = np.random.default_rng(0)
+    episodes = [
+        Episode(
+            rng.standard_normal((200, STATE)),
+            rng.uniform(-1, 1, (200, ACTION)),
+            rng.standard_normal(200),
+        )
+        for _ in range(8)
+    ]
+    windows = TrajectoryWindows(episodes, LENGTH)
 
-    def row(what: str, envs: int, seconds: Sequence[float], held: int) -> Row:
+    def one() -> dict[str, Tensor]:
+        drawn = windows.__getitems__(rng.integers(len(windows), size=batch).tolist())
+        return {name: value.to(device) for name, value in drawn.items()}
+
+    return one
+
+
+def _ways(
+    envs: int, device: str, clock: Callable[[], float], official: Official | None
+) -> list[Contestant]:
+    """All that is compared at one number of environments; one environment's own first."""
+    ways = [contestant("act: protocol", make_agent(pad_mode="official", device=device),
+                       "window", 1, clock)]  # fmt: skip
+    if official is not None:
+        ways.append(
+            Contestant(
+                f"act: published ({official.kind})",
+                1,
+                lambda: episode_seconds(official, STATE, steps=1, clock=clock),
+            )
+        )
+    for mode in MODES:
+        ways.append(contestant(f"act: {mode}", make_agent(device=device), mode, envs, clock))
+        if device == "cuda" and mode != "window":
+            agent = make_agent(device=device)
+            agent.config.cuda_graph = True
+            ways.append(contestant(f"act: {mode}, graph", agent, mode, envs, clock))
+    return ways
+
+
+def rows(
+    counts: Sequence[int],
+    *,
+    calls: int,
+    clock: Callable[[], float],
+    device: str = "cpu",
+    official: Official | None = None,
+    batch: int = 64,
+) -> Iterator[Row]:
+    """All figures, one after the other; updates on `batch` windows."""
+    name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    place = name if device == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)"
+
+    def row(
+        what: str,
+        envs: int,
+        seconds: Sequence[float],
+        held: int,
+        protocol: float,
+        published: float,
+    ) -> Row:
         ordered = sorted(1000 * value for value in seconds)
         median = statistics.median(ordered)
         worst = ordered[min(len(ordered) - 1, round(0.95 * len(ordered)))]
-        name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
-        place = name if device == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)"
         rate = 1000 * max(envs, 1) / median
         return Row(
             what,
             envs,
-            round(rate, 1),
+            round(rate, 3 if rate < 10 else 1),
             round(median, 3),
             round(worst, 3),
             held,
+            round(rate * protocol, 2),
+            round(rate * published, 2),
             place,
             str(torch.__version__),
         )
 
-    official = make_agent(pad_mode="official", device=device)
-    seconds, held = measure_acting(official, "window", 1, calls=calls, clock=clock)
-    yield row("act: official", 1, seconds, held)
-    agent = make_agent(device=device)
-    for mode in MODES:
-        for envs in counts:
-            # a call for many rows is long, and its time varies less
-            few = calls if envs == 1 else max(3, calls // (4 if envs < 256 else 16))
-            seconds, held = measure_acting(agent, mode, envs, calls=few, clock=clock)
-            yield row(f"act: {mode}", envs, seconds, held)
+    for envs in counts:
+        ways = _ways(envs, device, clock, official)
+        # a call for many rows is long, and its time varies less
+        few = calls if envs == 1 else max(3, calls // (2 if envs < 256 else 16))
+        seconds = measure_acting(ways, calls=few)
+        protocol = statistics.median(seconds[0])
+        published = 0.0 if official is None else statistics.median(seconds[1])
+        for way, found in zip(ways, seconds, strict=True):
+            yield row(way.what, way.envs, found, way.held(), protocol, published)
+    published = 0.0
+    if official is not None:
+        drawn = draw(device, batch)()
+        found = update_seconds(official, drawn, calls=max(2, calls // 20), clock=clock)
+        published = statistics.median(found)
+        yield row(f"update: published ({official.kind})", 0, found, 0, 0.0, published)
     for mixer in ("mamba", "attention", "mamba2", "gated_cnn"):
         trained = make_agent(mixer, device=device)
-        seconds = measure_updates(trained, calls=max(3, calls // 4), clock=clock)
-        yield row(f"update: {mixer}", 0, seconds, 0)
+        found = measure_updates(trained, calls=max(3, calls // 4), clock=clock, batch=batch)
+        yield row(f"update: {mixer}", 0, found, 0, 0.0, published)
 
 
 def main(given: Sequence[str] | None = None) -> list[Row]:
@@ -181,17 +270,27 @@ def main(given: Sequence[str] | None = None) -> list[Row]:
     add("--calls", type=int, default=60, help="timed calls of each kind")
     add("--clock", choices=("cpu", "wall"), default="cpu")
     add("--device", choices=("cpu", "cuda"), default="cpu")
+    add("--official", type=Path, help="checkout of the published code, to be timed beside")
     add("--csv", type=Path)
     options = parser.parse_args(given)
     clock = time.process_time if options.clock == "cpu" else time.perf_counter
     found = []
     load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
     sys.stdout.write(f"clock {options.clock}; load of the machine {load}\n")
-    for row in rows(options.envs, calls=options.calls, clock=clock, device=options.device):
+    official = None
+    if options.official:
+        official = load_official(
+            options.official, state_dim=STATE, act_dim=ACTION, length=LENGTH, device=options.device
+        )
+    given_rows = rows(
+        options.envs, calls=options.calls, clock=clock, device=options.device, official=official
+    )
+    for row in given_rows:
         found.append(row)
         sys.stdout.write(
-            f"{row.what:18} {row.envs:5} {row.per_second:10.1f}/s {row.median_ms:9.3f} ms "
-            f"(p95 {row.p95_ms:.3f})  {row.bytes_per_env} B\n"
+            f"{row.what:28} {row.envs:5} {row.per_second:10.1f}/s {row.median_ms:9.3f} ms "
+            f"(p95 {row.p95_ms:.3f})  {row.bytes_per_env} B  "
+            f"x{row.to_protocol} x{row.to_published}\n"
         )
         sys.stdout.flush()
     if options.csv:

@@ -1,12 +1,12 @@
 """The table of agents and the measurement of speed: every set, every method, at toy size."""
 
 import argparse
-import time
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from benchmarks import rl_job, rl_speed, rl_table
+from benchmarks import rl_job, rl_official, rl_speed, rl_table
 from benchmarks.rl_models import METHODS, SETS, settings
 
 from scanweave.rl.train import build_model, load_data
@@ -80,13 +80,84 @@ def test_one_run(pendulum, method):
     assert len(returns) == (1 if method == "10 % BC" else 3)
 
 
+def clocked():
+    """A clock that moves by one whenever it is read, so that every call takes as long."""
+    clocked.now += 1.0
+    return clocked.now
+
+
+clocked.now = 0.0
+
+
 def test_speed_at_toy_size():
-    found = list(rl_speed.rows([1, 2], calls=3, clock=time.process_time))
-    assert [row.what for row in found if row.envs == 2] == [f"act: {m}" for m in rl_speed.MODES]
+    found = list(rl_speed.rows([2], calls=3, clock=clocked, batch=2))
+    acting = [row for row in found if row.what.startswith("act")]
+    assert [row.what for row in acting] == [
+        "act: protocol",
+        *(f"act: {mode}" for mode in rl_speed.MODES),
+    ]
+    assert [row.envs for row in acting] == [1, 2, 2, 2, 2]
+    # as long a call for two environments is twice as many steps
+    assert [row.to_protocol for row in acting] == [1, 2, 2, 2, 2]
     assert {row.what for row in found if not row.envs} == {
         f"update: {mixer}" for mixer in ("mamba", "attention", "mamba2", "gated_cnn")
     }
-    assert all(row.per_second > 0 for row in found)
+    assert all(row.per_second > 0 and row.to_published == 0 for row in found)
+
+
+CODE = {
+    "models/decision_mamba.py": """
+import torch
+
+class GPT2PreTrainedModel:
+    pass
+
+class DecisionMamba(torch.nn.Module):
+    def __init__(self, state_dim, act_dim, hidden_size, model_type, **rest):
+        super().__init__()
+        self.model_type, self.layer = model_type, torch.nn.Linear(state_dim, act_dim)
+
+    def forward(self, states, actions, returns_to_go, timesteps):
+        return self.layer(states)
+""",
+    "util/trainer.py": """
+import gym
+import torch
+from models.decision_transformer import DecisionTransformer
+
+def evaluate_episode_rtg(env, state_dim, act_dim, model, max_ep_len, target_return,
+                         state_mean, state_std, device):
+    state = env.reset()
+    for _ in range(max_ep_len):
+        window = torch.tensor(state).float()[None, None]
+        env.step(model(window, None, None, None)[0, -1].numpy())
+    return 0.0, max_ep_len
+""",
+}
+
+
+def test_the_published_code_takes_its_turns(tmp_path, monkeypatch):
+    """With a checkout of the same form: its loop and its updates are timed beside ours."""
+    for name, text in CODE.items():
+        path = tmp_path / "gym" / name
+        path.parent.mkdir(parents=True)
+        path.write_text(text)
+    before = set(sys.modules)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    official = rl_official.load_official(
+        tmp_path, state_dim=rl_speed.STATE, act_dim=3, length=20, device="cpu"
+    )
+    assert official.kind == "dmamba-min"
+    found = list(rl_speed.rows([2], calls=2, clock=clocked, official=official, batch=2))
+    for name in set(sys.modules) - before:
+        if name.startswith(("models", "util", "gym", "mamba_ssm")):
+            monkeypatch.delitem(sys.modules, name)
+    rates = {row.what: row for row in found}
+    assert rates["act: published (dmamba-min)"].to_published == 1
+    assert rates["act: recurrent"].to_published == 2
+    assert rates["update: published (dmamba-min)"].to_published == 1
+    with pytest.raises(FileNotFoundError, match="no checkout of decision-mamba in"):
+        rl_official.load_official(tmp_path / "no", state_dim=1, act_dim=1, length=1, device="cpu")
 
 
 @pytest.mark.parametrize("mode", rl_speed.MODES)
