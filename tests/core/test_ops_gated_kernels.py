@@ -66,6 +66,19 @@ def test_one_direction(
     compare(assert_near, gated_linear_scan, gated_linear_scan_ref, inputs, **options)
 
 
+@pytest.mark.parametrize("length", [STEPS - 1, 2 * STEPS + 3])
+@pytest.mark.parametrize("steep", [-300.0, -1e30, float("-inf")])
+def test_steep_decays(assert_near: Check, device: str, steep: float, length: int):
+    """What is kept after a steep step is as exact as what was before it."""
+    inputs = gated_inputs(1, length, 2, 4, 3, dtype=torch.float32, device=device)
+    g = inputs["g"].detach().clone()
+    g[:, 3::9] = steep
+    inputs["g"] = g.requires_grad_()
+    for exclusive in (False, True):
+        options = {"exclusive": exclusive, **ALL}
+        compare(assert_near, gated_linear_scan, gated_linear_scan_ref, inputs, **options)
+
+
 @pytest.mark.parametrize("form", ["add", "exclusive", "quasi_separable"])
 @pytest.mark.parametrize("length", [STEPS - 2, 2 * STEPS + 1])
 @pytest.mark.parametrize("without", [(), ("g", "skip"), ("write",)], ids=str)

@@ -20,6 +20,8 @@ from .kernels import Direction, Frame, chunk_of, strides
 
 # heads of one program
 SUM_HEADS = 16
+# a logarithm to base 2 that no decay inside a chunk is taken to be under
+STEEPEST = tl.constexpr(-160.0)
 
 
 @triton.jit
@@ -67,7 +69,9 @@ def _sums_of(
     if HAS_G:
         g_at = g_ptr + (first + place)[:, None] * stride_gl + offs_h[None, :] * stride_gh
         g = tl.load(g_at, mask=mask, other=0.0)
-        sums = tl.cumsum(g.to(tl.float32) * LOG2_E, 0)
+        g = g.to(tl.float32) * LOG2_E
+        # differences of these lose the digits of what is steep; below, float32 has 0 alike
+        sums = tl.cumsum(tl.where(g < STEEPEST, STEEPEST, g), 0)
         tl.store(s_out + target, sums, mask=keep)
         if BORDERS:
             next_g = -stride_gl if REVERSE else stride_gl
