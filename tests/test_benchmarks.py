@@ -13,6 +13,7 @@ from benchmarks import rl_speed, run
 from benchmarks.accuracy import beyond, measure_accuracy
 from benchmarks.check import CheckError, errors, exact, output_gradient, require
 from benchmarks.floor import Ceilings, Work, ceilings
+from benchmarks.mixers import MixerRow
 from benchmarks.ops import OPS, Inputs, Op
 from benchmarks.peers import PEERS, Skip, ours
 from benchmarks.reference import MAX_STEPS, SEGMENT, scan_gradients
@@ -90,6 +91,8 @@ def test_committed_results_have_todays_columns():
         ".accuracy.csv": AccuracyRow,
         "vision_": VisionRow,
         "rl_speed": rl_speed.Row,
+        "mixer_scores": Result,
+        "mixers_": MixerRow,
         "": Row,
     }
     for path in files:

@@ -125,6 +125,10 @@ RATES: dict[str, dict[str, float]] = {
         ("s4d", "s4d_bidirectional"),
         dict.fromkeys(("kernel.log_*", "kernel.A_imag"), 1e-3),
     ),
+    **dict.fromkeys(
+        ("s5", "s5_bidirectional"),
+        dict.fromkeys(("Lambda_re", "Lambda_im", "log_step", "B"), 1e-3),
+    ),
     "hyena": {"filter_fn.pos_emb.z": 1e-5},
     "hyena_bidirectional": {"filter_fn.pos_emb.z": 1e-5},
     "h3": {
@@ -139,10 +143,6 @@ RATES: dict[str, dict[str, float]] = {
     "rwkv5_bidirectional": {"time_decay": 0.02},
     "rwkv6": {"time_decay": 0.02},
     "rwkv6_bidirectional": {"time_decay": 0.02},
-    **dict.fromkeys(
-        ("s5", "s5_bidirectional"),
-        dict.fromkeys(("Lambda_re", "Lambda_im", "log_step", "B"), 1e-3),
-    ),
 }
 
 
