@@ -160,10 +160,6 @@ def test_others_do_read_the_future(case: Case):
 
 MASKS = {
     "left": [[0, 0, 0, 1, 1, 1, 1], [1] * 7, [0] * 6 + [1]],
-    "phi_mamba": [
-        {"d_state": 2, "d_conv": 1, "headdim": 2, "ngroups": 2, "conv_bias": False},
-        {"d_state": 3, "d_conv": 2, "expand": 2, "headdim": 1},
-    ],
     "right": [[1, 1, 1, 1, 0, 0, 0], [1] * 7, [1] + [0] * 6],
     "middle": [[1, 0, 1, 1, 0, 0, 1], [0, 1, 1, 0, 1, 1, 0], [0] * 7],
 }

@@ -19,6 +19,9 @@ divides y by the sum of a row of weights where that is over 1, which cancels in 
 eps.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -184,26 +187,29 @@ class RetNet(Mixer):
         return self.out_proj(y)
 
     def _retained(
-        self, x: Tensor, h: Tensor | None, cu_seqlens: Tensor | None
+        self, x: Tensor, h: Tensor | None, cu_seqlens: Tensor | None, final: bool
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Values and scanned outputs (B, L, H, P), and the last state, not turned back."""
+        """Values and scanned outputs (B, L, H, P), and if asked the last state, not turned back."""
         q, k, v = self._heads(x)
         q, k = self._turned(q, k, cu_seqlens)
-        y, h = gated_linear_scan(
+        scan: Callable[..., Any] = gated_linear_scan
+        result = scan(
             *(q, k, v, self._log_decays(x.device)),
             initial_state=h,
             cu_seqlens=cu_seqlens,
-            return_final_state=True,
+            return_final_state=final,
         )
+        y, h = result if isinstance(result, tuple) else (result, None)
         return v, y, h
 
     def _mix(
         self, x: Tensor, state: State | None, cu_seqlens: Tensor | None, return_state: bool
     ) -> tuple[Tensor, State | None]:
         before = None if state is None else state["scale"]
-        _, y, h = self._retained(x, None if state is None else state["h"], cu_seqlens)
-        out = self._out(y if h is None else self._scaled(y, before, cu_seqlens), x)
-        if not return_state or h is None:
+        h = None if state is None else state["h"]
+        _, y, h = self._retained(x, h, cu_seqlens, return_state)
+        out = self._out(self._scaled(y, before, cu_seqlens) if self.causal else y, x)
+        if h is None:
             return out, None
         if cu_seqlens is None:
             tokens = torch.full((x.shape[0],), x.shape[1], device=x.device)
@@ -227,7 +233,7 @@ class RetNet(Mixer):
 
     def core(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """See `Mixer.core`: the values of every head and the scan's outputs."""
-        v, y, _ = self._retained(x, None, None)
+        v, y, _ = self._retained(x, None, None, False)
         return v.transpose(1, 2), y.transpose(1, 2)
 
     def finish(self, x: Tensor, outputs: Tensor) -> Tensor:
@@ -270,7 +276,7 @@ class BidirectionalRetNet(RetNet):
         return Mixer.step(self, x, state)
 
     def _retained(
-        self, x: Tensor, h: Tensor | None, cu_seqlens: Tensor | None
+        self, x: Tensor, h: Tensor | None, cu_seqlens: Tensor | None, final: bool
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         q, k, v = self._heads(x)
         g = self._log_decays(x.device)
