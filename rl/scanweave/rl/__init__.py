@@ -29,6 +29,7 @@ from .evaluate import Evaluation, TargetResult, evaluate_agent
 from .minari_data import load_minari, save_minari
 from .model import DecisionMamba
 from .official import export_official, load_official
+from .old_gym import OldGym
 from .record import record_episodes
 from .recorder import RecordEpisodes, RecordVectorEpisodes
 from .rollout import Spaces, make_envs, play, read_spaces
@@ -46,6 +47,7 @@ __all__ = [
     "DecisionMamba",
     "Episode",
     "Evaluation",
+    "OldGym",
     "RecordEpisodes",
     "RecordVectorEpisodes",
     "Spaces",

@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from .agent import Agent
-from .rollout import make_envs, play
+from .rollout import EnvSource, make_envs, play
 from .scores import normalized_score
 
 
@@ -100,7 +100,7 @@ class Evaluation:
 
 def evaluate_agent(
     agent: Agent,
-    env_id: str | None = None,
+    env_id: EnvSource | None = None,
     *,
     targets: Sequence[float] | None = None,
     episodes: int = 20,
@@ -114,7 +114,8 @@ def evaluate_agent(
 
     Args:
         agent: What plays.
-        env_id: Gymnasium environment; `agent.config.env_id` when None.
+        env_id: Gymnasium environment, or a function that makes one (`OldGym` for those of `gym`
+            and `d4rl`); `agent.config.env_id` when None.
         targets: Returns to ask for; `agent.config.targets` when None. An agent that takes no
             target is played once.
         episodes: Per target.
@@ -165,7 +166,7 @@ def evaluate_agent(
         for i, target in enumerate(asked)
     ]
     return Evaluation(
-        env_id=env_id,
+        env_id=env_id if isinstance(env_id, str) else getattr(env_id, "__name__", str(env_id)),
         mode=mode or agent.config.mode,
         seeds=seeds,
         results=results,

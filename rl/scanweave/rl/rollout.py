@@ -3,7 +3,7 @@
     Spaces        sizes and bounds that a model needs
     read_spaces   Gymnasium spaces -> Spaces
     flatten_observations   environment -> environment with observations that a model reads
-    make_envs     environment id -> vector environment
+    make_envs     environment id, or a function that makes one -> vector environment
     play          vector environment + policy -> episodes per row
 
 What the modes return with the last step of an episode, and so when the next one begins:
@@ -30,6 +30,7 @@ except ImportError as error:
     raise ImportError("scanweave.rl needs gymnasium: pip install 'scanweave[rl]'") from error
 
 Act = Callable[[NDArray, NDArray, NDArray], NDArray]
+EnvSource = str | Callable[..., gymnasium.Env[Any, Any]]
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ def flatten_observations(env: gymnasium.Env[Any, Any]) -> gymnasium.Env[Any, Any
 
 
 def make_envs(
-    env_id: str,
+    env_id: EnvSource,
     num_envs: int,
     *,
     autoreset_mode: AutoresetMode = AutoresetMode.NEXT_STEP,
@@ -143,9 +144,25 @@ def make_envs(
     """`num_envs` copies of an environment, stepped one after the other in this process.
 
     Observations that are neither vectors nor images are flattened, see `read_spaces`.
+
+    Args:
+        env_id: A Gymnasium id, or a function that makes one environment.
+        num_envs: At least 1.
+        autoreset_mode: See the module's docstring.
+        env_kwargs: Arguments of `gymnasium.make`, or of the function.
+
+    Raises:
+        ValueError: `num_envs` is below 1.
     """
     if num_envs < 1:
         raise ValueError(f"num_envs must be at least 1, got {num_envs}")
+    if not isinstance(env_id, str):
+        make = env_id
+
+        def one() -> gymnasium.Env[Any, Any]:
+            return flatten_observations(make(**(env_kwargs or {})))
+
+        return gymnasium.vector.SyncVectorEnv([one] * num_envs, autoreset_mode=autoreset_mode)
     return gymnasium.make_vec(
         env_id,
         num_envs=num_envs,
