@@ -96,6 +96,10 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"d_conv": 1, "headdim": 2, "decay_range": (0.3, 0.6)},
         {"d_conv": 3, "expand": 2, "headdim": 1},
     ],
+    "phi_mamba": [
+        {"d_state": 2, "d_conv": 1, "headdim": 2, "ngroups": 2, "conv_bias": False},
+        {"d_state": 3, "d_conv": 2, "expand": 2, "headdim": 1},
+    ],
     "retnet": [{"num_heads": 2}, {"num_heads": 1, "expand": 0.5, "eps": 1e-3}],
     "s5": [
         {"d_state": 4, "blocks": 2, "discretisation": "bilinear", "activation": "none"},
