@@ -116,6 +116,10 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"headdim": 2, "expand": 1.5, "mix_rank": 1},
     ],
     "rwkv6_bidirectional": [{"headdim": 4, "mix_rank": 3, "decay_rank": 2}],
+    "lssl": [
+        {"d_state": 3, "channels": 2, "init": "lagt"},
+        {"d_state": 4, "init": "fout", "dt_max": 1.0},
+    ],
     "retnet_bidirectional": [{"num_heads": 2, "expand": 1}],
     "s4d": [
         {"d_state": 4, "init": "legs", "disc": "bilinear", "mode": "scan"},

@@ -111,6 +111,7 @@ DECAYED: dict[str, tuple[str, ...]] = {
     "mamba_heads": ("x_proj.weight", "dt_proj.weight"),
     "s5": ("C",),
     "s5_bidirectional": ("C1", "C2"),
+    "lssl": ("C",),
     "rg_lru": ("rg_lru.*_gate_weight",),
 }
 # weights of linear layers and convolutions that are not
@@ -119,6 +120,7 @@ SPARED: dict[str, tuple[str, ...]] = {
 }
 # rates of their own, for lr = 0.01
 RATES: dict[str, dict[str, float]] = {
+    "lssl": {"kernel.log_dt": 1e-3, "kernel.[AB]": 1e-4},
     "gss": {"dss.Lambda_*": 1e-3},
     **{name: {"kernel.*": 1e-3} for name in ("dss", "dss_bidirectional", "dss_softmax")},
     **dict.fromkeys(

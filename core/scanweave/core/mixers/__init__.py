@@ -24,6 +24,7 @@ from .hyena import BidirectionalHyena, Hyena
 from .linear_attention import BidirectionalLinearAttention, LinearAttention
 from .local_attention import LocalAttention
 from .lru import LRU
+from .lssl import LSSL
 from .mamba import BiMamba, Mamba
 from .mamba2 import Mamba2
 from .mamba3 import Mamba3
@@ -41,6 +42,7 @@ __all__ = [
     "GSS",
     "H3",
     "LRU",
+    "LSSL",
     "RWKV4",
     "RWKV5",
     "RWKV6",
