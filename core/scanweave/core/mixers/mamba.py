@@ -242,6 +242,7 @@ class _MambaBase(Mixer):
     primitive="selective_scan",
     paper="Gu & Dao 2023, arXiv 2312.00752",
     reference="mamba_ssm Mamba",
+    parity="5e-7 (float32)",
 )
 class Mamba(_MambaBase):
     """The Mamba block: causal, with a state of fixed size.
@@ -341,6 +342,7 @@ class Mamba(_MambaBase):
     primitive="bidirectional_selective_scan",
     paper="Zhu et al. 2024, arXiv 2401.09417",
     reference="Vim Mamba, bimamba_type='v2'",
+    parity="2e-7 (float32)",
 )
 class BiMamba(_MambaBase):
     """The bidirectional block of Vision Mamba ("v2"): not causal, no state.

@@ -89,6 +89,7 @@ def wrapped(angles: Tensor) -> Tensor:
     primitive="gated_linear_scan",
     paper="Lahoti et al. 2026, arXiv 2603.15569",
     reference="mamba_ssm Mamba3 (single input)",
+    parity="2e-14 (float64; equations)",
 )
 class Mamba3(Mixer):
     """The Mamba-3 block with a single input and output: causal, with a state of fixed size.

@@ -120,6 +120,7 @@ def first_tokens(x: Tensor, started: Tensor | None, cu_seqlens: Tensor | None) -
     primitive="linear_scan",
     paper="De et al. 2024, arXiv 2402.19427",
     reference="transformers RecurrentGemmaRecurrentBlock",
+    parity="3e-7 (float32)",
 )
 class RGLRUBlock(Mixer):
     """The recurrent block of Hawk and Griffin: causal, with a state of fixed size.
