@@ -206,6 +206,7 @@ def _of_all(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     primitive="gated_linear_scan",
     paper="Katharopoulos et al. 2020, arXiv 2006.16236",
     reference="fast-transformers AttentionLayer",
+    parity="2e-7 (float32)",
 )
 class LinearAttention(FeatureAttention):
     """Linear attention: causal, with a state of fixed size.
@@ -279,6 +280,7 @@ class LinearAttention(FeatureAttention):
     primitive="bidirectional_gated_linear_scan",
     paper="Katharopoulos et al. 2020, arXiv 2006.16236",
     reference="fast-transformers AttentionLayer",
+    parity="3e-7 (float32)",
 )
 class BidirectionalLinearAttention(LinearAttention):
     """Linear attention to all tokens, whose order plays no role; arguments as `LinearAttention`."""

@@ -34,6 +34,7 @@ from .matrix_state import check_sizes, head_width, keep_from_decay, scan_matrix
     primitive="gated_linear_scan",
     paper="Bick et al. 2024, arXiv 2408.10189",
     reference="goombalab phi-mamba discrete_mamba2",
+    parity="5e-7 (float32)",
 )
 class PhiMamba(Mixer):
     """The mixer of Phi-Mamba: causal, with a state of fixed size.

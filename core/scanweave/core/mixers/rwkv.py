@@ -203,7 +203,11 @@ def _decayed_pairs(r: Tensor, k: Tensor, g: Tensor) -> Tensor:
 
 
 @register_mixer(
-    "rwkv5", primitive="gated_linear_scan", paper=PAPER, reference="RWKV-LM RWKV_Tmix_x052"
+    "rwkv5",
+    primitive="gated_linear_scan",
+    paper=PAPER,
+    reference="RWKV-LM RWKV_Tmix_x052",
+    parity="4e-7 (float32)",
 )
 class RWKV5(_MatrixRWKV):
     """RWKV-5's time mix (Eagle, 5.2): constant decays; causal, with a state of fixed size.
@@ -268,7 +272,11 @@ class RWKV5(_MatrixRWKV):
 
 
 @register_mixer(
-    "rwkv6", primitive="gated_linear_scan", paper=PAPER, reference="RWKV-LM RWKV_Tmix_x060"
+    "rwkv6",
+    primitive="gated_linear_scan",
+    paper=PAPER,
+    reference="RWKV-LM RWKV_Tmix_x060",
+    parity="4e-7 (float32)",
 )
 class RWKV6(_MatrixRWKV):
     """RWKV-6's time mix (Finch): shares and decays by the input; causal, with a state.

@@ -51,6 +51,7 @@ NAMES = {
     primitive="wkv",
     paper="Peng et al. 2023, arXiv 2305.13048",
     reference="transformers RwkvSelfAttention",
+    parity="2e-7 (float32)",
 )
 class RWKV4(Mixer):
     """RWKV-4's time mix: causal, with a state of fixed size.

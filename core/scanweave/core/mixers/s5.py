@@ -43,6 +43,7 @@ CUT_STD = 0.87962566
     primitive="linear_scan",
     paper="Smith et al. 2022, arXiv 2208.04933",
     reference="lindermanlab S5SSM",
+    parity="1e-7 (float32)",
 )
 class S5(Mixer):
     """The S5 layer with its gate: causal, with a state of fixed size.
@@ -234,6 +235,7 @@ class S5(Mixer):
     primitive="linear_scan",
     paper="Smith et al. 2022, arXiv 2208.04933",
     reference="lindermanlab S5SSM, bidirectional",
+    parity="1e-7 (float32)",
 )
 class BidirectionalS5(S5):
     """S5 with a second readout, of the states from the end; not causal; arguments as `S5`."""
