@@ -10,6 +10,7 @@ from scanweave.rl import (
     TrajectoryWindows,
     clip_actions,
     episodes_from_trajectories,
+    fingerprint,
     keep_batch,
     return_statistics,
     state_statistics,
@@ -191,3 +192,25 @@ def test_clip_actions_leaves_the_original():
     clipped = clip_actions([episode], np.array([-1.0]), np.array([1.0]))[0]
     assert clipped.actions.tolist() == [[-1.0], [0.5]]
     assert episode.actions[0, 0] == -3
+
+
+def test_fingerprint_tells_data_apart():
+    def episode(**change):
+        given = {
+            "states": np.arange(6.0).reshape(3, 2),
+            "actions": np.ones((3, 1)),
+            "rewards": np.zeros(3),
+        }
+        return Episode(**{**given, **change})
+
+    plain = fingerprint([episode()])
+    assert len(plain) == 64
+    assert fingerprint([episode(states=np.float32(np.arange(6)).reshape(3, 2))]) == plain
+    others = [
+        [episode(rewards=np.array([0, 0, 1e-3]))],
+        [episode(actions=np.ones((3, 1), dtype=int))],
+        [episode(states=np.arange(6.0).reshape(3, 2)[::-1])],
+        [episode(terminated=True)],
+        [episode(), episode()],
+    ]
+    assert len({plain, *map(fingerprint, others)}) == 6

@@ -22,7 +22,7 @@ from .acting import MODES, PAD_MODES, Memory, Policy, Step, make_memory
 from .agent_config import AgentConfig, default_targets
 from .atari import AtariDecisionMamba
 from .cloning import BehaviourCloning
-from .data import Episode, return_statistics, state_statistics
+from .data import Episode, fingerprint, return_statistics, state_statistics
 from .graphed import graphed
 from .inputs import action_shape
 from .losses import choice_losses
@@ -131,7 +131,7 @@ class Agent(nn.Module):
             mode=mode,
             pad_mode=pad_mode,
             env_id=env_id,
-            data=dict(statistics),
+            data={**statistics, "sha256": fingerprint(episodes)},
         )
         return cls(
             model,

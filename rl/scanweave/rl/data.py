@@ -9,10 +9,12 @@ S state channels, A action channels.
     clip_actions               keep recorded actions inside the environment's bounds
     state_statistics           mean and standard deviation of every state channel
     return_statistics          what an agent's checkpoint remembers about its data
+    fingerprint                a hash of all steps, to tell whether data is the same
     TrajectoryWindows          data set of windows, batched by index arithmetic
     keep_batch                 collate function for it
 """
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -166,6 +168,17 @@ def return_statistics(episodes: Sequence[Episode]) -> dict[str, float]:
         "max": float(returns.max()),
         **quantiles,
     }
+
+
+def fingerprint(episodes: Sequence[Episode]) -> str:
+    """SHA-256 of states, actions, rewards and ends, whatever file they came from."""
+    digest = hashlib.sha256()
+    for episode in _nonempty(episodes):
+        for array in (episode.states, episode.actions, episode.rewards):
+            digest.update(f"{array.shape} {array.dtype.str}".encode())
+            digest.update(np.ascontiguousarray(array).data)
+        digest.update(bytes([episode.terminated, episode.truncated]))
+    return digest.hexdigest()
 
 
 class TrajectoryWindows(Dataset[dict[str, Tensor]]):
