@@ -130,4 +130,13 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "dss_bidirectional": [{"d_state": 2, "mode": "conv"}],
     "dss_softmax": [{"d_state": 2, "dt_min": 0.1, "dt_max": 1.0}],
     "gss": [{"d_state": 3, "d_ssm": 4, "expand": 2, "norm": True}],
+    "mega": [
+        {"chunk_size": 5, "d_attn": 3, "expand": 1.5, "d_state": 2, "norm": True},
+        {"chunk_size": 1, "attention": "laplace"},
+        {"chunk_size": 3, "attention": "laplace", "d_state": 1},
+    ],
+    "mega_bidirectional": [
+        {"chunk_size": 5, "d_attn": 3, "expand": 1.5, "d_state": 2, "norm": True},
+        {"chunk_size": 6, "attention": "laplace"},
+    ],
 }

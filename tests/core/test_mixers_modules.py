@@ -23,6 +23,7 @@ SENSITIVE += r"|kernel\.(log_dt|log_A_real|A_imag)"
 SENSITIVE += r"|kernel\.Lambda(_\w+)?"
 SENSITIVE += r"|dss\.(Lambda_(real|imag)|param_D)"
 SENSITIVE += r"|kernel\.(A|B|P|A_real)"
+SENSITIVE += r"|move\.(delta|alpha)"
 EACH = pytest.mark.parametrize("name", list_mixers())
 CAUSAL = pytest.mark.parametrize("name", list_mixers(causal=True))
 RECURRENT = pytest.mark.parametrize("name", list_mixers(recurrent=True))

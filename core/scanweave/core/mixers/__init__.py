@@ -29,6 +29,7 @@ from .mamba import BiMamba, Mamba
 from .mamba2 import Mamba2
 from .mamba3 import Mamba3
 from .mamba_heads import MambaHeads
+from .mega import BidirectionalMega, Mega
 from .phi_mamba import PhiMamba
 from .retention import BidirectionalRetNet, RetNet
 from .rg_lru import RGLRUBlock
@@ -61,6 +62,7 @@ __all__ = [
     "BidirectionalGatedCNN",
     "BidirectionalHyena",
     "BidirectionalLinearAttention",
+    "BidirectionalMega",
     "BidirectionalRWKV4",
     "BidirectionalRWKV5",
     "BidirectionalRWKV6",
@@ -77,6 +79,7 @@ __all__ = [
     "Mamba2",
     "Mamba3",
     "MambaHeads",
+    "Mega",
     "Mixer",
     "MixerInfo",
     "PhiMamba",

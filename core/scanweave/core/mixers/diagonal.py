@@ -68,6 +68,12 @@ def own_rate(*parameters: nn.Parameter) -> None:
         p._optim = {"lr_max": 1e-3, "weight_decay": 0.0}  # type: ignore[attr-defined]
 
 
+def exporting() -> bool:
+    """Whether a program for any length is being written."""
+    # what torch 2.6 lacks
+    return getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)()
+
+
 def transforms(mode: Mode, length: int, packed: bool) -> bool:
     """Whether a sequence is convolved; one that is not is scanned."""
     if packed or mode == "scan":
@@ -75,7 +81,6 @@ def transforms(mode: Mode, length: int, packed: bool) -> bool:
     if mode == "conv":
         return True
     # a program is exported for any length, and sizes of transforms are steps
-    exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
     return not exporting() and length >= CONVOLVE_FROM
 
 
