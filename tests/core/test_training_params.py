@@ -112,6 +112,7 @@ DECAYED: dict[str, tuple[str, ...]] = {
     "s5": ("C",),
     "s5_bidirectional": ("C1", "C2"),
     "lssl": ("C",),
+    **dict.fromkeys(("s4", "s4_bidirectional"), ("kernel.C",)),
     "rg_lru": ("rg_lru.*_gate_weight",),
 }
 # weights of linear layers and convolutions that are not
@@ -120,6 +121,10 @@ SPARED: dict[str, tuple[str, ...]] = {
 }
 # rates of their own, for lr = 0.01
 RATES: dict[str, dict[str, float]] = {
+    **dict.fromkeys(
+        ("s4", "s4_bidirectional"),
+        dict.fromkeys(("kernel.log_dt", "kernel.A_*", "kernel.P", "kernel.B"), 1e-3),
+    ),
     "lssl": {"kernel.log_dt": 1e-3, "kernel.[AB]": 1e-4},
     "gss": {"dss.Lambda_*": 1e-3},
     **{name: {"kernel.*": 1e-3} for name in ("dss", "dss_bidirectional", "dss_softmax")},

@@ -35,6 +35,7 @@ from .retention import BidirectionalRetNet, RetNet
 from .rg_lru import RGLRUBlock
 from .rwkv import RWKV5, RWKV6, BidirectionalRWKV5, BidirectionalRWKV6
 from .rwkv4 import RWKV4, BidirectionalRWKV4
+from .s4 import S4, BidirectionalS4
 from .s5 import S5, BidirectionalS5
 
 __all__ = [
@@ -47,6 +48,7 @@ __all__ = [
     "RWKV4",
     "RWKV5",
     "RWKV6",
+    "S4",
     "S4D",
     "S5",
     "Attention",
@@ -67,6 +69,7 @@ __all__ = [
     "BidirectionalRWKV5",
     "BidirectionalRWKV6",
     "BidirectionalRetNet",
+    "BidirectionalS4",
     "BidirectionalS4D",
     "BidirectionalS5",
     "ChannelMix",
