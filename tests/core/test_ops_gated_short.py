@@ -86,6 +86,21 @@ def test_extreme_decays(assert_near: Check, drawn: dict[str, Any], decay: float)
     compare(assert_near, op, ref, inputs, form="quasi_separable")
 
 
+@pytest.mark.usefixtures("no_walk")
+@pytest.mark.parametrize("form", ["add", "exclusive", "quasi_separable"])
+@pytest.mark.parametrize("steep", [-300.0, -1e30, float("-inf")])
+def test_single_steep_decays(assert_near: Check, drawn: dict[str, Any], steep: float, form: str):
+    """What is kept after a steep step is as exact as what was before it."""
+    inputs = gated_pairs(1, 2 * STEPS + 3, 2, 4, 3, **drawn)
+    pair = tuple(g.detach().clone() for g in inputs["g"])
+    for g in pair:
+        g[:, 3::9] = steep
+    inputs["g"] = tuple(g.requires_grad_() for g in pair)
+    compare(
+        assert_near, bidirectional_gated_linear_scan, bidirectional_gated_ref, inputs, form=form
+    )
+
+
 @pytest.mark.parametrize("reverse", [False, True])
 def test_equals_the_walk(
     assert_near: Check, drawn: dict[str, Any], monkeypatch: pytest.MonkeyPatch, reverse: bool

@@ -84,7 +84,8 @@ def _sums_of(
                 place_before = place + 1 if REVERSE else place - 1
                 mask_before = ((step > 0) & (place_before < size))[:, None] & mask_h
                 before = tl.load(g_at - next_g, mask=mask_before, other=0.0)
-                sums = tl.cumsum(before.to(tl.float32) * LOG2_E, 0)
+                before = before.to(tl.float32) * LOG2_E
+                sums = tl.cumsum(tl.where(before < STEEPEST, STEEPEST, before), 0)
                 tl.store(reads_out + target, sums, mask=keep)
             tl.store(enter_out + target, tl.exp2(sums), mask=keep)
             tl.store(fade_out + target, fade, mask=keep)
