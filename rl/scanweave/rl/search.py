@@ -15,8 +15,10 @@ over the best b of n random directions d_k; mean, std of all states seen, spread
     linear_controller   weights -> Controller, for `record_episodes`
     main                search, record, write
 
-Expected with the defaults: three to five minutes of one core for a player of Hopper-v5 that earns
-several hundred. Good enough to make data of mixed quality; no method to solve these tasks with.
+Expected, with MuJoCo 4.0 and about five minutes of one core each: a player of Hopper-v5 that earns
+3,162 with `--iterations 100 --alive-bonus 1`, of HalfCheetah-v5 3,435 with the defaults, and of
+Walker2d-v5 1,088 with `--noise 0.025 --step 0.03`. Other seeds find other players. Of one that falls
+easily, variants need a small `--spread` and `--action-noise`, or they all fall.
 
 Source: Mania, Guy and Recht 2018, arXiv 1803.07055, algorithm 2 (V2-t).
 """
@@ -56,8 +58,8 @@ class SearchConfig:
     noise: float = 0.05
     """Size of the directions that are tried."""
     alive_bonus: float = 0.0
-    """Taken from every reward in the search, so that standing still earns nothing; 1 for
-    Hopper-v5 and Walker2d-v5."""
+    """Taken from every reward in the search, so that standing still earns nothing: 1 for
+    Hopper-v5. A player of Walker2d-v5 has to learn standing first."""
     max_episode_steps: int = 0
     """Time limit in the search and the recording; 0 for the environment's own."""
     episodes: int = 200
