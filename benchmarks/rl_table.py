@@ -5,8 +5,9 @@
 
 DATA holds `rl_pendulum/*.npz`, `rl_cartpole/*.npz` and `rl_adroit_door/door_human.hdf5` (sets whose
 files are not there are left out, with a note), and `local/<environment>/mixed-v0.hdf5`, which
-`python -m scanweave.rl.search --env-id Hopper-v5 --out DATA/local` records. The others named
-`local/...` are recorded on the spot from hand-written controllers.
+`python -m scanweave.rl.search --env-id Hopper-v5 --out DATA/local` records (the settings of the
+three published sets are in `rl/README.md`). The others named `local/...` are recorded on the spot
+from hand-written controllers.
 
 Reported is the mean return over the evaluation's episodes, last weights, at the first return that
 the set asks for (`rl_models.py`); "best of targets" takes the best of all targets afterwards, as

@@ -17,8 +17,8 @@ over the best b of n random directions d_k; mean, std of all states seen, spread
 
 Expected, with MuJoCo 4.0 and about five minutes of one core each: a player of Hopper-v5 that earns
 3,162 with `--iterations 100 --alive-bonus 1`, of HalfCheetah-v5 3,435 with the defaults, and of
-Walker2d-v5 1,088 with `--noise 0.025 --step 0.03`. Other seeds find other players. Of one that falls
-easily, variants need a small `--spread` and `--action-noise`, or they all fall.
+Walker2d-v5 1,088 with `--noise 0.025 --step 0.03`. Other seeds find other players. Of one that
+falls easily, variants need a small `--spread` and `--action-noise`, or they all fall.
 
 Source: Mania, Guy and Recht 2018, arXiv 1803.07055, algorithm 2 (V2-t).
 """
