@@ -64,6 +64,28 @@ def test_transforms_are_never_half(assert_near: Check, dtype: torch.dtype):
     assert torch.equal(y, fft_conv(x, kernel))
 
 
+def test_second_derivatives():
+    inputs = draw(2, 5, 2), draw(2, 3), draw(2, 7, seed=2)
+
+    def f(x: Tensor, kernel: Tensor, kernel_back: Tensor) -> Tensor:
+        return fft_conv(x, kernel, kernel_back=kernel_back)
+
+    assert torch.autograd.gradgradcheck(f, inputs)
+
+
+def test_inputs_alone_are_kept_for_the_backward():
+    x, kernel = draw(2, 50, 4, dtype=torch.float32), draw(4, 50, dtype=torch.float32)
+    kept: dict[int, int] = {}
+
+    def keep(v: Tensor) -> Tensor:
+        kept[v.untyped_storage().data_ptr()] = v.untyped_storage().nbytes()
+        return v
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda v: v):
+        fft_conv(x, kernel)
+    assert sum(kept.values()) == x.nbytes + kernel.nbytes
+
+
 def test_future_leaks_by_rounding_only():
     x, kernel = draw(1, 100, 2, dtype=torch.float32).detach(), draw(2, 100, dtype=torch.float32)
     changed = x.clone()

@@ -3,7 +3,7 @@
     y[t]   = sum_j kernel[j] x[t - j] + sum_j kernel_back[j] x[t + j] + D x[t]
     out[t] = y[t] gate[t]
 
-O(L log L) in place of O(L^2). Composed of PyTorch's own transforms, so every derivative exists.
+O(L log L) in place of O(L^2). Composed of PyTorch's own transforms; second derivatives exist.
 Transforms are float32, or float64 if an input is, under autocast too. Rounding in a transform
 spreads over all of its length: outputs depend on later inputs by about 5e-7 of the largest one.
 
@@ -34,6 +34,43 @@ def transform_size(length: int) -> int:
     return min(sizes)
 
 
+def _spectrum(kernel: Tensor, kernel_back: Tensor | None, size: int) -> Tensor:
+    """The transform of taps of the past and of the future, (D, size / 2 + 1)."""
+    spectrum = torch.fft.rfft(kernel, n=size)
+    if kernel_back is None:
+        return spectrum
+    return spectrum + torch.fft.rfft(kernel_back, n=size).conj()
+
+
+class _Convolution(torch.autograd.Function):
+    """Keeps the inputs alone: PyTorch's graph keeps their transforms, which are twice as large."""
+
+    @staticmethod
+    def forward(ctx, x, kernel, kernel_back, size):
+        ctx.save_for_backward(x, kernel, kernel_back)
+        ctx.size = size
+        # a channel's steps lie side by side once padded: half the time of strided transforms
+        y = torch.fft.rfft(x.transpose(-1, -2), n=size) * _spectrum(kernel, kernel_back, size)
+        return torch.fft.irfft(y, n=size)[..., : x.shape[-2]].transpose(-1, -2)
+
+    @staticmethod
+    def backward(ctx, dy):  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, kernel, kernel_back = ctx.saved_tensors
+        size, g = ctx.size, torch.fft.rfft(dy.transpose(-1, -2), n=ctx.size)
+        dx = dkernel = dback = None
+        # x[t] reached y[t + j] through tap j, and tap j meets all pairs of that lag
+        if ctx.needs_input_grad[0]:
+            dx = torch.fft.irfft(g * _spectrum(kernel, kernel_back, size).conj(), n=size)
+            dx = dx[..., : x.shape[-2]].transpose(-1, -2)
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+            pairs = g * torch.fft.rfft(x.transpose(-1, -2), n=size).conj()
+            pairs = pairs.flatten(0, -3).sum(0)
+            dkernel = torch.fft.irfft(pairs, n=size)[:, : kernel.shape[1]]
+            if kernel_back is not None:
+                dback = torch.fft.irfft(pairs.conj(), n=size)[:, : kernel_back.shape[1]]
+        return dx, dkernel, dback, None
+
+
 def convolve(x: Tensor, kernel: Tensor, kernel_back: Tensor | None, length: int) -> Tensor:
     """The convolution alone: the last `length` outputs.
 
@@ -51,12 +88,7 @@ def convolve(x: Tensor, kernel: Tensor, kernel_back: Tensor | None, length: int)
         reach = max(reach, kernel_back.shape[1])
     # what wraps around reaches only places that are cut off
     size = transform_size(total + max(reach - 1, 0))
-    spectrum = torch.fft.rfft(kernel, n=size)
-    if kernel_back is not None:
-        spectrum = spectrum + torch.fft.rfft(kernel_back, n=size).conj()
-    # a channel's steps lie side by side once they are padded: half the time of strided transforms
-    y = torch.fft.irfft(torch.fft.rfft(x.transpose(-1, -2), n=size) * spectrum, n=size)
-    return y[..., total - length : total].transpose(-1, -2)
+    return _Convolution.apply(x, kernel, kernel_back, size)[..., total - length :, :]
 
 
 @overload
