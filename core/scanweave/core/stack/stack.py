@@ -29,6 +29,7 @@ from .wrappers import (
     Named,
     Parallel,
     ParallelBoth,
+    check_parts,
     joined_core,
     joined_matrix,
     named,
@@ -330,17 +331,7 @@ class Stack(_Stack):
         return {name: v.repeat_interleave(batch, 0) for name, v in state.items()}
 
     def _check_state(self, state: State, x: Tensor, cu_seqlens: Tensor | None) -> None:
-        mixers = self._mixers()
-        found: dict[str, State] = {}
-        for name, v in state.items():
-            place = next((p for p in mixers if name.startswith(f"{p}.")), None)
-            if place is None:
-                raise ValueError(f"state must hold states of {sorted(mixers)}, got {name!r}")
-            found.setdefault(place, {})[name.removeprefix(f"{place}.")] = v
-        for place, mixer in mixers.items():
-            if place not in found:
-                raise ValueError(f"state must hold one of {place!r}, got {sorted(found)}")
-            mixer._check_state(found[place], x, cu_seqlens)
+        check_parts(state, self._mixers(), x, cu_seqlens)
 
 
 @register_mixer(

@@ -57,6 +57,29 @@ def sub_state(state: State | None, part: int) -> State | None:
     return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 
 
+def check_parts(
+    state: State, parts: Mapping[str, Mixer], x: Tensor, cu_seqlens: Tensor | None
+) -> None:
+    """Check a state that holds those of several mixers, each under its place and a dot.
+
+    Raises:
+        ValueError: it holds something else, or a part's state does not fit.
+    """
+    found: dict[str, State] = {place: {} for place in parts}
+    strange = False
+    for name, v in state.items():
+        place = next((p for p in parts if name.startswith(f"{p}.")), None)
+        if place is None:
+            strange = True
+        else:
+            found[place][name.removeprefix(f"{place}.")] = v
+    if strange or not all(found.values()):
+        wanted = [f"{p}.{name}" for p, mixer in parts.items() for name in mixer.init_state(1)]
+        raise ValueError(f"state must hold {sorted(wanted)}, got {sorted(state)}")
+    for place, mixer in parts.items():
+        mixer._check_state(found[place], x, cu_seqlens)
+
+
 def joined_core(mixers: Sequence[tuple[Mixer, Tensor]]) -> tuple[Tensor, Tensor]:
     """`core` of several mixers on their inputs as that of one: channels after each other.
 
@@ -210,10 +233,7 @@ class Parallel(Mixer):
         return {f"{i}.{name}": v for i, own in enumerate(states) for name, v in own.items()}
 
     def _check_state(self, state: State, x: Tensor, cu_seqlens: Tensor | None) -> None:
-        for i, mixer in enumerate(self.parts):
-            own = sub_state(state, i)
-            assert own is not None
-            mixer._check_state(own, x, cu_seqlens)
+        check_parts(state, {str(i): m for i, m in enumerate(self.parts)}, x, cu_seqlens)
 
     def core(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """See `Mixer.core`: those of all mixers, channels after each other."""
