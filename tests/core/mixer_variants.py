@@ -37,6 +37,11 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"num_heads": 1, "gate_logit_normalizer": 1.0},
     ],
     "gla_bidirectional": [{"num_heads": 2, "gate_logit_normalizer": 2.0}],
+    "hgrn2": [
+        {"num_heads": 2, "lower_bound": 0.5},
+        {"num_heads": 1, "expand_ratio": 2, "eps": 1e-3},
+    ],
+    "hgrn2_bidirectional": [{"num_heads": 2, "expand_ratio": 3, "lower_bound": 0.2}],
     "hydra": [
         {"d_state": 3, "d_conv": 1, "headdim": 4, "ngroups": 2, "bias": True},
         {"d_state": 2, "d_conv": 3, "expand": 1, "headdim": 2, "conv_bias": False},

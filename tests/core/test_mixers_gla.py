@@ -157,8 +157,8 @@ def test_initial_values():
         (8, {"num_heads": 3}, "num_heads must divide 4 key and 8 value channels, got 3"),
         (8, {"num_heads": 8}, "num_heads must divide 4 key and 8 value channels, got 8"),
         (8, {"num_heads": 0}, "num_heads must divide 4 key and 8 value channels, got 0"),
-        (258, {"num_heads": 1}, "split 129 key and 258 value channels into at most 256 each"),
-        (263, {}, "split 131 key and 263 value channels into at most 256 each, got 1"),
+        (258, {"num_heads": 1}, "at most 256 key and value channels a head, got 129 and 258"),
+        (263, {}, "key and value channels a head, got 131 and 263"),
     ],
     ids=str,
 )

@@ -19,6 +19,7 @@ from .gated_conv import BaseConv, BidirectionalBaseConv
 from .gla import GLA, BidirectionalGLA
 from .gss import GSS
 from .h3 import H3
+from .hgrn2 import HGRN2, BidirectionalHGRN2
 from .hydra import Hydra
 from .hyena import BidirectionalHyena, Hyena
 from .linear_attention import BidirectionalLinearAttention, LinearAttention
@@ -43,6 +44,7 @@ __all__ = [
     "GLA",
     "GSS",
     "H3",
+    "HGRN2",
     "LRU",
     "LSSL",
     "RWKV4",
@@ -62,6 +64,7 @@ __all__ = [
     "BidirectionalDSS",
     "BidirectionalGLA",
     "BidirectionalGatedCNN",
+    "BidirectionalHGRN2",
     "BidirectionalHyena",
     "BidirectionalLinearAttention",
     "BidirectionalMega",

@@ -36,6 +36,117 @@ def common_heads(keys: int, values: int) -> int:
     return next((h for h in split if keys <= 64 * h and values <= 128 * h), split[-1])
 
 
+class ChannelDecayAttention(Mixer):
+    """What mixers whose key channels decay share: all but the projections.
+
+    Subclasses set the attributes below and write `_heads`, queries (..., H, K), values (..., H, P)
+    and, of each direction, keys and log decays (..., H, K), and `_out`, outputs for x of what was
+    read (..., H, P).
+    """
+
+    causal = True
+    recurrent = True
+
+    num_heads: int
+    key_dim: int
+    head_dim: int
+
+    def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
+        raise NotImplementedError
+
+    def _out(self, y: Tensor, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _check_widths(self) -> None:
+        if max(self.key_dim, self.head_dim) > MAX_WIDTH:
+            raise ValueError(
+                f"num_heads must leave at most {MAX_WIDTH} key and value channels a head, "
+                f"got {self.key_dim} and {self.head_dim}"
+            )
+
+    def state_spec(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """`h`, the scan's state."""
+        if not self.causal:
+            return super().state_spec()
+        dtype = computing_dtype(next(self.parameters()))
+        return {"h": ((self.num_heads, self.key_dim, self.head_dim), dtype)}
+
+    def _scale(self) -> float:
+        """Of queries; two directions are averaged."""
+        return self.key_dim**-0.5 * (1.0 if self.causal else 0.5)
+
+    def _scanned(
+        self, x: Tensor, h: Tensor | None, cu_seqlens: Tensor | None, final: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Values and what was read (B, L, H, P), and the last state if asked."""
+        q, v, ways = self._heads(x)
+        if self.causal:
+            k, g = ways[0]
+            result = gated_linear_attention(
+                *(q, k, v, g),
+                scale=self._scale(),
+                initial_state=h,
+                cu_seqlens=cu_seqlens,
+                return_final_state=final,
+            )
+            y, h = result if isinstance(result, tuple) else (result, None)
+            return v, y, h
+        q = q * self._scale()
+        (k, g), (k_back, g_back) = ways
+        y = bidirectional_gated_linear_scan(
+            (q, q), (k, k_back), v, (g, g_back), cu_seqlens=cu_seqlens
+        )
+        return v, y, None
+
+    def _mix(
+        self, x: Tensor, state: State | None, cu_seqlens: Tensor | None, return_state: bool
+    ) -> tuple[Tensor, State | None]:
+        before = None if state is None else state["h"]
+        _, y, h = self._scanned(x, before, cu_seqlens, return_state)
+        return self._out(y, x), None if h is None else {"h": h}
+
+    def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        """See `Mixer.step`; without gradients the state is updated in place."""
+        if torch.is_grad_enabled() or not self.causal:
+            return super().step(x, state)
+        if x.ndim != 2 or x.shape[-1] != self.d_model:
+            raise ValueError(f"x must be (B, {self.d_model}), got {tuple(x.shape)}")
+        self._check_state(state, x, None)
+        q, v, ((k, g),) = self._heads(x)
+        y = gated_linear_scan_step(state["h"], q * self._scale(), k, v, g)
+        return self._out(y, x), state
+
+    def core(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Mixer.core`: the values of every head and the scan's outputs."""
+        v, y, _ = self._scanned(x, None, None, False)
+        return v.transpose(1, 2), y.transpose(1, 2)
+
+    def finish(self, x: Tensor, outputs: Tensor) -> Tensor:
+        """See `Mixer.finish`."""
+        return self._out(outputs.transpose(1, 2), x)
+
+    def matrix(self, x: Tensor) -> Tensor:
+        """See `Mixer.matrix`: sum of q[t] k[s] exp(g(s, t]) over K / sqrt(K); (L, L, K) in memory.
+
+        Source: Yang et al. 2023, arXiv 2312.06635, section 4.
+        """
+        q, _, ways = self._heads(x)
+        both = [_decayed(q, k, g, reverse=d == 1) for d, (k, g) in enumerate(ways)]
+        return torch.stack(both).sum(0) * self._scale()
+
+
+def _decayed(q: Tensor, k: Tensor, g: Tensor, *, reverse: bool) -> Tensor:
+    """Weights (B, H, L, L) of one direction."""
+    total = g.flip(1).cumsum(1).flip(1) if reverse else g.cumsum(1)
+    total, q, k = (u.to(g.dtype).transpose(1, 2) for u in (total, q, k))
+    span = total.unsqueeze(3) - total.unsqueeze(2)  # (B, H, L, L, K)
+    length = q.shape[2]
+    seen = torch.ones(length, length, dtype=torch.bool, device=q.device)
+    seen = (seen.triu() if reverse else seen.tril()).unsqueeze(-1)
+    decay = torch.exp(span.masked_fill(~seen, float("-inf")))
+    return torch.einsum("bhtk,bhsk,bhtsk->bhts", q, k, decay)
+
+
 @register_mixer(
     "gla",
     primitive="gated_linear_attention",
@@ -43,7 +154,7 @@ def common_heads(keys: int, values: int) -> int:
     reference="flash-linear-attention GatedLinearAttention",
     parity="9e-7 (float32)",
 )
-class GLA(Mixer):
+class GLA(ChannelDecayAttention):
     """Gated linear attention: causal, with a state of fixed size.
 
     Args:
@@ -60,9 +171,6 @@ class GLA(Mixer):
     Raises:
         ValueError: a size is not positive, the heads do not divide the channels or are too wide.
     """
-
-    causal = True
-    recurrent = True
 
     def __init__(
         self,
@@ -94,14 +202,10 @@ class GLA(Mixer):
             raise ValueError(
                 f"num_heads must divide {keys} key and {values} value channels, got {heads}"
             )
-        if max(keys, values) > MAX_WIDTH * heads:
-            raise ValueError(
-                f"num_heads must split {keys} key and {values} value channels into at most "
-                f"{MAX_WIDTH} each, got {heads}"
-            )
         self.d_model, self.num_heads = d_model, heads
         self.key_dim, self.head_dim = keys // heads, values // heads
         self.gate_logit_normalizer = gate_logit_normalizer
+        self._check_widths()
         dd = {"device": device, "dtype": dtype}
         gates = keys if self.causal else 2 * keys
         self.q_proj = nn.Linear(d_model, keys, bias=False, **dd)
@@ -125,123 +229,28 @@ class GLA(Mixer):
                     nn.init.zeros_(module.bias)
         self.g_norm_swish_gate.reset_parameters()
 
-    def state_spec(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """`h`, the scan's state."""
-        dtype = computing_dtype(self.q_proj.weight)
-        return {"h": ((self.num_heads, self.key_dim, self.head_dim), dtype)}
-
-    def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries and keys (..., H, K), not scaled, and values (..., H, P)."""
+    def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
         q, k, v = (
             linear(x).unflatten(-1, (self.num_heads, -1))
             for linear in (self.q_proj, self.k_proj, self.v_proj)
         )
-        return q, k, v
-
-    def _gates(self, x: Tensor) -> list[Tensor]:
-        """Log decays (..., H, K) in float32 or float64, of each direction."""
         logits = self.gk_proj(x)
         g = F.logsigmoid(logits.to(computing_dtype(logits))) / self.gate_logit_normalizer
-        shape = (self.num_heads, self.key_dim)
-        return [part.unflatten(-1, shape) for part in g.chunk(1 if self.causal else 2, -1)]
+        gates = g.chunk(1 if self.causal else 2, -1)
+        return q, v, [(k, gate.unflatten(-1, (self.num_heads, self.key_dim))) for gate in gates]
 
     def _out(self, y: Tensor, x: Tensor) -> Tensor:
-        """Outputs of `y` (..., H, P), gated."""
         z = self.g_proj(x).unflatten(-1, (self.num_heads, self.head_dim))
         return self.o_proj(self.g_norm_swish_gate(y, z).flatten(-2))
-
-    def _scanned(
-        self, x: Tensor, h: Tensor | None, cu_seqlens: Tensor | None, final: bool
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Values and the scan's outputs (B, L, H, P), and the last state if asked."""
-        q, k, v = self._heads(x)
-        result = gated_linear_attention(
-            *(q, k, v, *self._gates(x)),
-            initial_state=h,
-            cu_seqlens=cu_seqlens,
-            return_final_state=final,
-        )
-        y, h = result if isinstance(result, tuple) else (result, None)
-        return v, y, h
-
-    def _mix(
-        self, x: Tensor, state: State | None, cu_seqlens: Tensor | None, return_state: bool
-    ) -> tuple[Tensor, State | None]:
-        before = None if state is None else state["h"]
-        _, y, h = self._scanned(x, before, cu_seqlens, return_state)
-        return self._out(y, x), None if h is None else {"h": h}
-
-    def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
-        """See `Mixer.step`; without gradients the state is updated in place."""
-        if torch.is_grad_enabled():
-            return super().step(x, state)
-        if x.ndim != 2 or x.shape[-1] != self.d_model:
-            raise ValueError(f"x must be (B, {self.d_model}), got {tuple(x.shape)}")
-        self._check_state(state, x, None)
-        q, k, v = self._heads(x)
-        (g,) = self._gates(x)
-        y = gated_linear_scan_step(state["h"], q * self.key_dim**-0.5, k, v, g)
-        return self._out(y, x), state
-
-    def core(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Mixer.core`: the values of every head and the scan's outputs."""
-        v, y, _ = self._scanned(x, None, None, False)
-        return v.transpose(1, 2), y.transpose(1, 2)
-
-    def finish(self, x: Tensor, outputs: Tensor) -> Tensor:
-        """See `Mixer.finish`."""
-        return self._out(outputs.transpose(1, 2), x)
-
-    def matrix(self, x: Tensor) -> Tensor:
-        """See `Mixer.matrix`: sum of q[t] k[s] exp(g(s, t]) over K / sqrt(K); (L, L, K) in memory.
-
-        Source: Yang et al. 2023, arXiv 2312.06635, section 4.
-        """
-        q, k, _ = self._heads(x)
-        gates = self._gates(x)
-        matrices = [_decayed(q, k, g, d == 1) for d, g in enumerate(gates)]
-        return torch.stack(matrices).mean(0) * self.key_dim**-0.5
-
-
-def _decayed(q: Tensor, k: Tensor, g: Tensor, reverse: bool) -> Tensor:
-    """Weights (B, H, L, L) of one direction."""
-    total = g.flip(1).cumsum(1).flip(1) if reverse else g.cumsum(1)
-    total, q, k = (u.to(g.dtype).transpose(1, 2) for u in (total, q, k))
-    span = total.unsqueeze(3) - total.unsqueeze(2)  # (B, H, L, L, K)
-    length = q.shape[2]
-    seen = torch.ones(length, length, dtype=torch.bool, device=q.device)
-    seen = (seen.triu() if reverse else seen.tril()).unsqueeze(-1)
-    decay = torch.exp(span.masked_fill(~seen, float("-inf")))
-    return torch.einsum("bhtk,bhsk,bhtsk->bhts", q, k, decay)
 
 
 @register_mixer(
     "gla_bidirectional",
     primitive="bidirectional_gated_linear_scan",
     paper="Liao et al. 2024, arXiv 2405.18425",
-    parity="4e-16 (float64; equations)",
 )
 class BidirectionalGLA(GLA):
     """Gated linear attention in both directions, with gates of its own each; arguments as `GLA`."""
 
     causal = False
     recurrent = False
-
-    def state_spec(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Raise: there is no state."""
-        return Mixer.state_spec(self)
-
-    def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
-        """Raise: there is no state."""
-        return Mixer.step(self, x, state)
-
-    def _scanned(
-        self, x: Tensor, h: Tensor | None, cu_seqlens: Tensor | None, final: bool
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        q, k, v = self._heads(x)
-        forward, back = self._gates(x)
-        q = q * (0.5 * self.key_dim**-0.5)  # the mean of both
-        y = bidirectional_gated_linear_scan(
-            (q, q), (k, k), v, (forward, back), cu_seqlens=cu_seqlens
-        )
-        return v, y, None
