@@ -30,8 +30,9 @@ CHUNKS_UP_TO = 512
 class S4(Mixer):
     """The S4 layer with its gated projection: causal, with a state of fixed size.
 
-    Sequences of more than 512 tokens that are neither packed nor continued are convolved with
-    the kernel of the generating function; others run in chunks through matrix products.
+    With "legs", sequences of more than 512 tokens that are neither packed nor continued are
+    convolved with the kernel of the generating function; all others run in chunks through matrix
+    products.
 
     Args:
         d_model: Channels D of the sequence.
@@ -106,8 +107,9 @@ class S4(Mixer):
     ) -> tuple[Tensor, Tensor | None]:
         """What is read without D, (B, L, M, D), and the last state."""
         plain = state is None and cu_seqlens is None and not return_state
-        # eigenvalues of legt's normal part lie on the axis: its spectrum has poles all but there
-        if plain and x.shape[1] > CHUNKS_UP_TO and self.kernel.init != "legt":
+        # other bases start from eigenvalues on the axis, all but poles of the spectrum, where
+        # float32 leaves gradients of the rates one digit (five through powers)
+        if plain and x.shape[1] > CHUNKS_UP_TO and self.kernel.init == "legs":
             return self._convolved(x, self.kernel.taps(x.shape[1])), None
         y, last = self._chunked(x, state, cu_seqlens, return_state)
         return y.transpose(-1, -2), last
