@@ -104,7 +104,8 @@ WHICH = """\
   `attention` needs its window read again in every step.
 - **Long sequences on a GPU:** matrix states (`mamba2`, `rwkv6`, `retnet`), which are matrix
   products; `mamba` where many small states serve better than few large ones.
-- **Signals that are sampled evenly:** time-invariant state spaces.
+- **Signals that are sampled evenly:** time-invariant state spaces; `s5` and `lru`, with one system
+  for all channels, cost far less on a CPU than those with one a channel.
 - **Looking things up that were read once, far back:** attention, at least in some layers: a hybrid
   by `stack` or `parallel`. A state of fixed size forgets.
 - **Before any of that:** run `gated_cnn` (or `gated_cnn_bidirectional`) and `attention`. If they
