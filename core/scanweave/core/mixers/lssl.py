@@ -178,6 +178,11 @@ class LSSL(Mixer):
         values = x.to(y.dtype).repeat_interleave(self.channels, -1)
         return values.transpose(1, 2).unsqueeze(-1), y.flatten(2).transpose(1, 2).unsqueeze(-1)
 
+    def finish(self, x: Tensor, outputs: Tensor) -> Tensor:
+        """See `Mixer.finish`."""
+        y = outputs.squeeze(-1).transpose(1, 2)
+        return self._out(y.unflatten(-1, (-1, self.channels)), x)
+
     def matrix(self, x: Tensor) -> Tensor:
         """See `Mixer.matrix`: the kernel at t - s, a readout each; the same for all x."""
         kernel = self.taps(x.shape[1]).flatten(0, 1)

@@ -149,6 +149,11 @@ class S4(Mixer):
         values = x.repeat(1, 1, self.channels).to(y.dtype)
         return values.transpose(1, 2).unsqueeze(-1), y.flatten(2).transpose(1, 2).unsqueeze(-1)
 
+    def finish(self, x: Tensor, outputs: Tensor) -> Tensor:
+        """See `Mixer.finish`."""
+        y = outputs.squeeze(-1).transpose(1, 2)
+        return self._out(y.unflatten(-1, (self.channels, -1)), x)
+
     def matrix(self, x: Tensor) -> Tensor:
         """See `Mixer.matrix`: the kernel at t - s, a readout each; the same for all x."""
         lag = lags(x.shape[1], x.device)
