@@ -276,6 +276,22 @@ def test_compiles(assert_near: Check):
     assert_near(compiled(x), stack(x))
 
 
+def test_channel_mixes_have_states(assert_near: Check):
+    stack, x = build("2*(rwkv6 k)"), draw(2, 6, DIM)
+    assert stack.recurrent
+    assert any(name.startswith("1.1.body.") for name in stack.state_spec())
+    state, parts = stack.init_state(2), []
+    for t in range(6):
+        y, state = stack.step(x[:, t], state)
+        parts.append(y)
+    assert_near(torch.stack(parts, 1), stack(x))
+    values, outputs = stack.core(x)
+    assert_near(stack.matrix(x) @ values, outputs)
+    both = build("(rwkv6 k)", bidirectional=True)
+    packed = both(x[:1], cu_seqlens=pack((2, 4)))
+    assert_near(packed, torch.cat([both(x[:1, :2]), both(x[:1, 2:])], 1))
+
+
 def test_names():
     assert mixer_info("stack").causal
     assert not mixer_info("stack_bidirectional").causal

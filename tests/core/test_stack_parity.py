@@ -194,7 +194,7 @@ def test_steps_equal_transformers(assert_near: Check, name: str):
 def kinds(name: str) -> list[str]:
     """What mixes in every layer of a preset, in transformers' words."""
     words = {"a": "attention", "w": "attention", ">": "hybrid", "p": "mlp"}
-    letters = set("acefghlmnprwS")
+    letters = set("acefghklmnprswS")
     layers = parse_pattern(PRESETS[name].pattern, letters)
     first = [layer[0] for layer in layers]
     return [words.get(part.joint or part.names[0], "mamba") for part in first]

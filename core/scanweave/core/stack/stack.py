@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..mixers import Mixer, State, create_mixer, list_mixers, mixer_info, register_mixer
+from ..mixers.channel_mix import BidirectionalChannelMix, ChannelMix
 from ..mixers.rms_norm import RMSNorm
 from .feed_forward import MLP, GatedMLP
 from .moe import MoE
@@ -35,7 +36,12 @@ from .wrappers import (
     named,
 )
 
-FEED_FORWARDS: dict[str, type[nn.Module]] = {"gated_mlp": GatedMLP, "mlp": MLP, "moe": MoE}
+FEED_FORWARDS: dict[str, type[nn.Module]] = {
+    "channel_mix": ChannelMix,
+    "gated_mlp": GatedMLP,
+    "mlp": MLP,
+    "moe": MoE,
+}
 SHARED = "shared"
 # what reads both ways in the place of a causal mixer, where that is not "<name>_bidirectional"
 _BOTH_WAYS: dict[str, Named] = {
@@ -135,7 +141,10 @@ class _Stack(Mixer):
         if kind == SHARED:
             return self._shared(config)
         if kind in FEED_FORWARDS:
-            return FEED_FORWARDS[kind](self.d_model, **config, **self._dd)
+            made = FEED_FORWARDS[kind]
+            if made is ChannelMix and not self.causal:
+                made = BidirectionalChannelMix
+            return made(self.d_model, **config, **self._dd)
         kind, config = self._mixer(name)
         return create_mixer(kind, self.d_model, **config, **self._dd)
 
@@ -223,7 +232,9 @@ class _Stack(Mixer):
             assert isinstance(mixer, Mixer)
             seen.append((mixer, inputs[0]))
 
-        hooks = [m.register_forward_pre_hook(watch) for m in {*self._mixers().values()}]
+        # a channel mix has a state but no core
+        mixers = {m for m in self._mixers().values() if type(m).core is not Mixer.core}
+        hooks = [m.register_forward_pre_hook(watch) for m in mixers]
         try:
             self._run(x, None, False, {})
         finally:
