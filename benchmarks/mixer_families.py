@@ -33,16 +33,16 @@ FAMILIES = (
     ),
     Family(
         "Matrix states",
-        "mamba2* mamba3* hydra retnet* rwkv5* rwkv6* gla* linear_attention* based* phi_mamba*",
+        "mamba2* mamba3* hydra retnet* rwkv5* rwkv6* gla* hgrn2* linear_att* based* phi_mamba*",
         ("gated_linear_scan", "bidirectional_gated_linear_scan", "ssd", "gated_linear_attention"),
         "A head keeps a matrix, the decayed sum of key times value, and a token reads it with its "
         "query: linear attention. They differ in the decay: none (`linear_attention`, `based`), "
         "a constant of the head (`retnet`) or of the key channel (`rwkv5`), chosen by the token "
-        "for a head (`mamba2`, `mamba3`, `hydra`, `phi_mamba`) or for a key channel "
-        "(`rwkv6`, `gla`, `hgrn2`). Within a chunk "
-        "all is matrix products, so that large states are cheap on a GPU. `hydra` reads both "
-        "ways and counts a token itself once, with a weight of its own; `mamba3` also rotates "
-        "keys and queries by angles that add up over the tokens, which lets a state count.",
+        "for a head (`mamba2`, `mamba3`, `hydra`) or for a key channel (`rwkv6`, `gla`, "
+        "`hgrn2`). In a chunk all is matrix products, so that large states are cheap on a GPU. "
+        "`hydra` reads both ways and counts a token itself once, with a weight of its own; "
+        "`mamba3` also rotates keys and queries by angles that add up over the tokens, which lets "
+        "a state count.",
     ),
     Family(
         "Time-invariant state spaces",
@@ -57,7 +57,7 @@ FAMILIES = (
     ),
     Family(
         "Gated diagonal recurrences",
-        "rg_lru rwkv4* hgrn min_gru*",
+        "rg_lru rwkv4* hgrn* min_gru*",
         ("linear_scan", "wkv"),
         "One state a channel, whose decay the token chooses (`rg_lru`, Hawk's and Griffin's), or "
         "a running average whose weights are exponentials of the keys (`rwkv4`). The least to "
