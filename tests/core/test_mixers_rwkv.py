@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 from tests.core.rwkv_cases import STORED, stored, wave_weights, waves
+from torch import Tensor
 
-from scanweave.core import create_mixer
+from scanweave.core import Mixer, create_mixer
 
 Check = Callable[..., None]
 LAYERS = {"rwkv5": "RWKV_Tmix_x052", "rwkv6": "RWKV_Tmix_x060"}
@@ -67,6 +68,50 @@ def test_decay_has_its_own_rate(name: str):
     for key, p in mixer.named_parameters():
         scale = getattr(p, "_optim", {}).get("lr_scale")
         assert scale == (2.0 if key == "time_decay" else None), key
+
+
+def both_ways(mixer: Mixer, x: Tensor, heads: int) -> Tensor:
+    """The equations of both directions, a state read at every token before it is written."""
+    w = dict(mixer.named_parameters())
+    zero, half = torch.zeros_like(x[:, :1]), x.shape[-1] // 2
+    before, after = torch.cat([zero, x[:, :-1]], 1), torch.cat([x[:, 1:], zero], 1)
+    near = torch.cat([before[..., :half], after[..., half:]], -1)
+    if "time_mix_k" in w:
+        part = {z: x * w[f"time_mix_{z}"] + near * (1 - w[f"time_mix_{z}"]) for z in "kvrg"}
+        decays = torch.exp(-torch.exp(w["time_decay"])).expand(*x.shape[:2], -1, -1)
+    else:
+        low = torch.tanh((x + (near - x) * w["time_maa_x"]) @ w["time_maa_w1"]).chunk(5, -1)
+        more = {z: u @ m for z, u, m in zip("wkvrg", low, w["time_maa_w2"], strict=True)}
+        part = {z: x + (near - x) * (w[f"time_maa_{z}"] + m) for z, m in more.items()}
+        lift = torch.tanh(part["w"] @ w["time_decay_w1"]) @ w["time_decay_w2"]
+        decays = torch.exp(-torch.exp(w["time_decay"] + lift)).unflatten(-1, (heads, -1))
+    names = zip("rkvg", ("receptance", "key", "value", "gate"), strict=True)
+    r, k, v, z = ((part[u] @ w[f"{n}.weight"].T).unflatten(-1, (heads, -1)) for u, n in names)
+    y = (r * w["time_faaaa"] * k).sum(-1, keepdim=True) * v
+    for places in (range(x.shape[1]), reversed(range(x.shape[1]))):
+        h, read = torch.zeros_like(k[:, 0, :, :, None] * v[:, 0, :, None]), {}
+        for t in places:
+            read[t] = torch.einsum("bhk,bhkp->bhp", r[:, t], h)
+            h = decays[:, t, :, :, None] * h + k[:, t, :, :, None] * v[:, t, :, None]
+        y = y + torch.stack([read[t] for t in range(x.shape[1])], 1)
+    y = (y - y.mean(-1, keepdim=True)) / (y.var(-1, keepdim=True, unbiased=False) + 64e-5).sqrt()
+    y = y.flatten(2) * w["ln_x.weight"] + w["ln_x.bias"]
+    return (y * torch.nn.functional.silu(z.flatten(2))) @ w["output.weight"].T
+
+
+@EACH
+def test_both_directions_equal_the_equations(assert_near: Check, name: str):
+    mixer = create_mixer(f"{name}_bidirectional", 8, headdim=4, dtype=torch.float64)
+    with torch.no_grad():
+        for p in mixer.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    x = torch.randn(2, 33, 8, dtype=torch.float64, requires_grad=True)
+    y, expected = mixer(x), both_ways(mixer, x, 2)
+    assert_near(y, expected)
+    given, g = [x, *mixer.parameters()], torch.randn_like(y)
+    wanted = torch.autograd.grad(expected, given, g)
+    for a, e in zip(torch.autograd.grad(y, given, g), wanted, strict=True):
+        assert_near(a, e, gradient=True)
 
 
 def test_both_directions_weigh_by_what_lies_between(assert_near: Check):

@@ -248,6 +248,7 @@ class GLA(ChannelDecayAttention):
     "gla_bidirectional",
     primitive="bidirectional_gated_linear_scan",
     paper="Liao et al. 2024, arXiv 2405.18425",
+    parity="4e-16 (float64; equations)",
 )
 class BidirectionalGLA(GLA):
     """Gated linear attention in both directions, with gates of its own each; arguments as `GLA`."""

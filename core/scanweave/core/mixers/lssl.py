@@ -79,7 +79,12 @@ class DenseKernel(nn.Module):
         return solved[..., :-1], solved[..., -1]
 
 
-@register_mixer("lssl", primitive="dense_ssm", paper="Gu et al. 2021, arXiv 2110.13985")
+@register_mixer(
+    "lssl",
+    primitive="dense_ssm",
+    paper="Gu et al. 2021, arXiv 2110.13985",
+    parity="1e-15 (float64; equations)",
+)
 class LSSL(Mixer):
     """The linear state-space layer: causal, with a state of fixed size; for small N.
 

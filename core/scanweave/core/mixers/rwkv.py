@@ -49,6 +49,7 @@ from .rwkv_shift import (
 
 MAX_WIDTH = 256
 PAPER = "Peng et al. 2024, arXiv 2404.05892"
+BOTH_WAYS = "bidirectional_gated_linear_scan"
 # W1, W2, A1 and A2 start within these, as in Vision-RWKV (RWKV-LM has W1 = A1 = 0, so that W2,
 # A2 and maa_x have no gradient in the first step)
 LOW_RANK = (1e-4, 1e-2)
@@ -408,11 +409,15 @@ class _BothWays(_MatrixRWKV):
         return v.transpose(1, 2), self._scanned(r, k, v, g, None).transpose(1, 2)
 
 
-@register_mixer("rwkv5_bidirectional", primitive="bidirectional_gated_linear_scan", paper=PAPER)
+@register_mixer(
+    "rwkv5_bidirectional", primitive=BOTH_WAYS, paper=PAPER, parity="2e-15 (float64; equations)"
+)
 class BidirectionalRWKV5(_BothWays, RWKV5):
     """RWKV-5 over the whole sequence; not causal; arguments as `RWKV5`."""
 
 
-@register_mixer("rwkv6_bidirectional", primitive="bidirectional_gated_linear_scan", paper=PAPER)
+@register_mixer(
+    "rwkv6_bidirectional", primitive=BOTH_WAYS, paper=PAPER, parity="6e-16 (float64; equations)"
+)
 class BidirectionalRWKV6(_BothWays, RWKV6):
     """RWKV-6 over the whole sequence; not causal; arguments as `RWKV6`."""
