@@ -292,6 +292,32 @@ def test_channel_mixes_have_states(assert_near: Check):
     assert_near(packed, torch.cat([both(x[:1, :2]), both(x[:1, 2:])], 1))
 
 
+@pytest.mark.parametrize("both", [False, True])
+def test_deep_layers_know_how_deep_they_lie(both: bool):
+    stack: Any = create_stack("3*(rwkv6 k) (m|rwkv4)", DIM, bidirectional=both)
+    found = [step.body for layer in stack.layers for step in layer]
+    places = [(m.layer, m.num_layers) for m in (*found[:6], found[6].parts[1])]
+    assert places == [(i, 4) for i in (0, 0, 1, 1, 2, 2, 3)]
+    given = create_stack("r r", DIM, letters={"r": ["rwkv6", {"layer": 1, "num_layers": 6}]})
+    assert {m.layer for m in given._mixers().values()} == {1}  # type: ignore[attr-defined]
+
+
+def test_layer_norms(assert_near: Check):
+    stack: Any = build("(m f)", norm_kind="layer", norm_eps=1e-3)
+    (first, second), x = stack.layers[0], draw(2, 5, DIM)
+
+    def norm(part: Any, v: Tensor) -> Tensor:
+        return nn.functional.layer_norm(v, (DIM,), part.weight, part.bias, 1e-3)
+
+    y = x + first.body(norm(first.norm, x))
+    y = y + second.body(norm(second.norm, y))
+    assert_near(stack(x), norm(stack.norm, y))
+    kinds = {type(m) for m in create_stack("h3_hybrid", DIM).modules()}
+    assert nn.LayerNorm in kinds
+    stack.reset_parameters()
+    assert not stack.norm.bias.any()
+
+
 def test_names():
     assert mixer_info("stack").causal
     assert not mixer_info("stack_bidirectional").causal
@@ -304,6 +330,10 @@ def test_names():
 REFUSED: list[tuple[Callable[[], object], str]] = [
     (lambda: create_stack("m", 8, depth=0), "depth must be at least 1, got 0"),
     (lambda: create_stack("m", 8, meta_tokens=-1), "meta_tokens must be at least 0, got -1"),
+    (
+        lambda: create_stack("m", 8, norm_kind="batch"),
+        "norm_kind must be 'rms' or 'layer', got 'batch'",
+    ),
     (lambda: create_stack("(m|f)", 8), r"pattern must have mixers around '\|', got 'f'"),
     (lambda: create_stack("(m|S)", 8), r"pattern must have mixers around '\|', got 'S'"),
     (lambda: create_stack("hydra", 8), "pattern must have causal mixers only, got 'hydra'"),

@@ -80,6 +80,7 @@ class MoE(nn.Module):
         renormalize: Let the k weights of a token sum to 1.
         capacity: In training, tokens an expert takes at most, in units of k T / E, padding being
             counted in T; None is all.
+        router_bias: Let the router's map have a bias.
         balance: Factor of the balancing gradient in training. A gradient scaler does not scale it.
         expand: Hidden channels F = expand * d_model of an expert.
         activation: Of the experts, a name in `ACTIVATIONS`.
@@ -100,6 +101,7 @@ class MoE(nn.Module):
         router: Router = "topk",
         renormalize: bool = False,
         capacity: float | None = None,
+        router_bias: bool = False,
         balance: float = 0.01,
         expand: float = 8 / 3,
         activation: str = "silu",
@@ -125,7 +127,7 @@ class MoE(nn.Module):
         self.renormalize, self.capacity, self.balance = renormalize, capacity, balance
         self.act, self.gated = ACTIVATIONS[activation], gated
         dd = {"device": device, "dtype": dtype}
-        self.router = nn.Linear(d_model, num_experts, bias=False, **dd)
+        self.router = nn.Linear(d_model, num_experts, bias=router_bias, **dd)
         width = 2 * hidden if gated else hidden
         self.up = nn.Parameter(torch.empty(num_experts, width, d_model, **dd))
         self.down = nn.Parameter(torch.empty(num_experts, d_model, hidden, **dd))
@@ -151,7 +153,9 @@ class MoE(nn.Module):
         """
         dtype = computing_dtype(x, self.router.weight)
         with without_autocast(x):
-            logits = F.linear(x.to(dtype), self.router.weight.to(dtype))
+            bias = self.router.bias
+            bias = None if bias is None else bias.to(dtype)
+            logits = F.linear(x.to(dtype), self.router.weight.to(dtype), bias)
         p = logits.softmax(-1)
         if self.kind == "sinkhorn":
             scores = logits if real is None else logits.masked_fill(~real.unsqueeze(-1), 0)

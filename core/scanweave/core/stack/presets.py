@@ -10,6 +10,7 @@ Letters: D model channels.
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from .step import NormKind
 from .wrappers import Merge, Named
 
 # what letters stand for unless a preset or an argument says otherwise
@@ -44,6 +45,7 @@ class Preset:
         merge: How mixers side by side are merged.
         meta_tokens: Learned tokens before every sequence.
         norm_eps: Added to the mean square in the norms.
+        norm_kind: Norms before every part and at the end.
     """
 
     pattern: str
@@ -53,6 +55,7 @@ class Preset:
     merge: Merge = "add"
     meta_tokens: int = 0
     norm_eps: float = 1e-5
+    norm_kind: NormKind = "rms"
 
 
 _GEGLU = ("gated_mlp", {"expand": 3, "activation": "gelu_tanh", "bias": True})
@@ -91,9 +94,11 @@ PRESETS: dict[str, Preset] = {
         "(m|a f) 14*(m|w f) (m|a f) 15*(m|w f) (m|a f)",
         "Dong et al. 2024, arXiv 2411.13676",
         {
-            "m": "mamba_heads",
+            "m": ("mamba_heads", {"d_conv": 3}),
             "a": ("attention", {"rope_fraction": 1.0, "bias": False, "expand": 2}),
-            "w": ("local_attention", {"window": 1024, "prefix": 128, "bias": False, "expand": 2}),
+            # 1024 tokens before one's own
+            "w": ("local_attention", {"window": 1025, "prefix": 128, "bias": False, "expand": 2}),
+            "f": ("gated_mlp", {"expand": 3}),
         },
         depth=2,
         merge="norm",
@@ -128,18 +133,23 @@ PRESETS: dict[str, Preset] = {
                 },
             )
         },
+        norm_kind="layer",
     ),
     "blackmamba": Preset(
         "(m e)",
         "Anthony et al. 2024, arXiv 2402.01771",
-        {"e": ("moe", {"num_experts": 8, "router": "sinkhorn"})},
+        {"e": ("moe", {"num_experts": 8, "router": "sinkhorn", "router_bias": True})},
     ),
     "spade": Preset(
-        "(s|w p) 11*(w p)",
+        "(s|w p) 15*(w p)",
         "Zuo et al. 2022, arXiv 2212.08136",
-        {"w": ("local_attention", {"window": 512})},
+        {
+            "w": ("local_attention", {"window": 512, "bias": False}),
+            "p": ("mlp", {"activation": "relu"}),
+        },
         depth=2,
         merge="concat",
+        norm_kind="layer",
     ),
     "based": Preset(
         "5*((c f)(l f)(w f)(c f)(c f)) (c f)(c f)",
@@ -147,7 +157,8 @@ PRESETS: dict[str, Preset] = {
         {
             "c": "base_conv",
             "l": "based",
-            "w": ("local_attention", {"window": 128, "rope_fraction": 0.0}),
+            # 128 tokens before one's own
+            "w": ("local_attention", {"window": 129, "bias": False}),
             "f": ("gated_mlp", {"expand": 2}),
         },
         depth=3,
@@ -155,15 +166,16 @@ PRESETS: dict[str, Preset] = {
     "h3_hybrid": Preset(
         "8*(h p) (a p) 7*(h p) (a p) 7*(h p)",
         "Fu et al. 2023, arXiv 2212.14052",
-        {"h": "h3"},
+        {"h": "h3", "p": ("mlp", {"activation": "gelu_tanh"})},
         depth=9,
+        norm_kind="layer",
     ),
     "mamba2_hybrid": Preset(
         "npnpnppnpnapnpnpnpnppnapnpnpnpnpnappnpnpnpnpnapnppnpnpnp",
         "Waleffe et al. 2024, arXiv 2406.07887",
         {
             "a": ("attention", {"bias": False}),
-            "p": ("mlp", {"activation": "relu2", "bias": False}),
+            "p": ("mlp", {"bias": False}),
         },
         depth=12,
     ),

@@ -10,6 +10,7 @@ masks too. So a domain that takes a mixer takes a stack.
 Letters: B batch, L length, D model channels, M meta tokens, S packed sequences.
 """
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,14 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from ..mixers import Mixer, State, create_mixer, list_mixers, mixer_info, register_mixer
+from ..mixers.base import _lookup as lookup_mixer
 from ..mixers.channel_mix import BidirectionalChannelMix, ChannelMix
-from ..mixers.rms_norm import RMSNorm
 from .feed_forward import MLP, GatedMLP
 from .moe import MoE
-from .pattern import Layer, Part, format_pattern, parse_pattern
+from .pattern import Part, format_pattern, parse_pattern
 from .presets import LETTERS, PRESETS, Preset
 from .shared import SharedTransformer
-from .step import Step
+from .step import NormKind, Step, by_place, flat, make_norm
 from .wrappers import (
     Merge,
     Named,
@@ -63,6 +64,7 @@ class _Stack(Mixer):
         merge: Merge | None = None,
         meta_tokens: int | None = None,
         norm_eps: float | None = None,
+        norm_kind: NormKind | None = None,
         final_norm: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -84,23 +86,25 @@ class _Stack(Mixer):
         self.d_model, self.pattern = d_model, format_pattern(layers)
         self.merge: Merge = preset.merge if merge is None else merge
         self.norm_eps = preset.norm_eps if norm_eps is None else norm_eps
+        self.norm_kind: NormKind = preset.norm_kind if norm_kind is None else norm_kind
         self._dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self._tied: dict[str, nn.Module] = {}
         self._places: list[SharedTransformer] = []
-        self.layers = nn.ModuleList([self._layer(layer) for layer in layers])
-        del self._tied, self._places
-        self.norm = RMSNorm(d_model, eps=self.norm_eps, **self._dd) if final_norm else None
+        self.layers = nn.ModuleList()
+        for i, layer in enumerate(layers):
+            self._depth = {"layer": i, "num_layers": len(layers)}
+            self.layers.append(nn.ModuleList([self._step(part) for part in layer]))
+        del self._tied, self._places, self._depth
+        norm = {"kind": self.norm_kind, "eps": self.norm_eps, **self._dd}
+        self.norm = make_norm(d_model=d_model, **norm) if final_norm else None
         self.meta_tokens = (
             nn.Parameter(torch.empty(1, count, d_model, **self._dd)) if count else None
         )
         self._draw_meta()
         self.recurrent = self.causal and all(m.recurrent for m in self._mixers().values())  # pyright: ignore[reportAttributeAccessIssue]
 
-    def _layer(self, layer: Layer) -> nn.ModuleList:
-        return nn.ModuleList([self._step(part) for part in layer])
-
     def _step(self, part: Part) -> Step:
-        norm = {"norm_eps": self.norm_eps, **self._dd}
+        norm = {"norm_eps": self.norm_eps, "norm_kind": self.norm_kind, **self._dd}
         if part.joint == ">":
             source, body = (self._part(name) for name in part.names)
             return Step(self.d_model, body, source, **norm)
@@ -123,13 +127,18 @@ class _Stack(Mixer):
         if kind in FEED_FORWARDS or kind == SHARED:
             raise ValueError(f"pattern must have mixers around '|', got {name!r}")
         if self.causal == mixer_info(kind).causal:
-            return kind, config
+            return kind, self._placed(kind, config)
         if self.causal:
             raise ValueError(f"pattern must have causal mixers only, got {kind!r}")
         twin, defaults = named(_BOTH_WAYS.get(kind, f"{kind}_bidirectional"))
         if twin in list_mixers():
-            return twin, {**defaults, **config}
-        return "bidirectional", {"mixer": kind, "mixer_args": config}
+            return twin, self._placed(twin, {**defaults, **config})
+        return "bidirectional", {"mixer": kind, "mixer_args": self._placed(kind, config)}
+
+    def _placed(self, made: str | type[nn.Module], config: dict[str, Any]) -> dict[str, Any]:
+        """Arguments with the layer's number, where initial values depend on it (RWKV)."""
+        takes = inspect.signature(lookup_mixer(made) if isinstance(made, str) else made).parameters
+        return {**self._depth, **config} if self._depth.keys() <= takes.keys() else config
 
     def _part(self, name: str) -> nn.Module:
         if len(name) == 1 and name.isupper() and name not in self.words:
@@ -144,7 +153,7 @@ class _Stack(Mixer):
             made = FEED_FORWARDS[kind]
             if made is ChannelMix and not self.causal:
                 made = BidirectionalChannelMix
-            return made(self.d_model, **config, **self._dd)
+            return made(self.d_model, **self._placed(made, config), **self._dd)
         kind, config = self._mixer(name)
         return create_mixer(kind, self.d_model, **config, **self._dd)
 
@@ -187,7 +196,7 @@ class _Stack(Mixer):
         for _, step in self._steps():
             step.reset_parameters()
         if self.norm is not None:
-            self.norm.reset_parameters()
+            self.norm.reset_parameters()  # type: ignore[operator]
         self._draw_meta()
 
     def _run(
@@ -195,11 +204,11 @@ class _Stack(Mixer):
     ) -> tuple[Tensor, State]:
         """All layers without the last norm; states after them if `keep`."""
         first, after = x, {}
-        parts = None if state is None else _by_place(state)
+        parts = None if state is None else by_place(state)
         for place, step in self._steps():
             own = None if parts is None else parts.get(place)
             x, made = step(x, first, own, keep, where)
-            after.update(_flat(place, made))
+            after.update(flat(place, made))
         return x, after
 
     def _out(self, x: Tensor) -> Tensor:
@@ -251,19 +260,6 @@ class _Stack(Mixer):
         return joined_matrix(self._watched(x))
 
 
-def _by_place(state: State) -> dict[str, dict[str, State]]:
-    """A flat state by step, then by half."""
-    found: dict[str, dict[str, State]] = {}
-    for name, v in state.items():
-        layer, part, half, own = name.split(".", 3)
-        found.setdefault(f"{layer}.{part}", {}).setdefault(half, {})[own] = v
-    return found
-
-
-def _flat(place: str, states: dict[str, State]) -> State:
-    return {f"{place}.{half}.{name}": v for half, own in states.items() for name, v in own.items()}
-
-
 @register_mixer(
     "stack",
     primitive="those of its mixers",
@@ -286,6 +282,7 @@ class Stack(_Stack):
         merge: How mixers side by side are merged, see `Parallel`; None is the preset's, or "add".
         meta_tokens: Number M of meta tokens; None is the preset's, or 0.
         norm_eps: Added to the mean square in all norms; None is the preset's, or 1e-5.
+        norm_kind: "rms" or "layer" norms; None is the preset's, or "rms".
         final_norm: Normalise the stream at the end.
         device: Of the parameters.
         dtype: Of the parameters.
@@ -312,10 +309,10 @@ class Stack(_Stack):
         """See `Mixer.step`; without gradients the state is updated in place."""
         if x.ndim != 2 or x.shape[-1] != self.d_model:
             raise ValueError(f"x must be (B, {self.d_model}), got {tuple(x.shape)}")
-        parts, first, after = _by_place(state), x, {}
+        parts, first, after = by_place(state), x, {}
         for place, step in self._steps():
             x, own = step.step(x, first, parts.get(place, {}))
-            after.update(_flat(place, own))
+            after.update(flat(place, own))
         return self._out(x), after
 
     def state_spec(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

@@ -5,6 +5,8 @@
 Letters: B batch, L length, D model channels.
 """
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
@@ -12,6 +14,26 @@ from ..mixers import Mixer, State
 from ..mixers.rms_norm import RMSNorm
 from .moe import MoE
 from .shared import SharedTransformer
+
+NormKind = Literal["rms", "layer"]
+
+
+def make_norm(
+    kind: NormKind,
+    d_model: int,
+    eps: float,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """A norm of D channels with weights: "rms", or "layer" with biases too.
+
+    Raises:
+        ValueError: there is no such norm.
+    """
+    if kind not in ("rms", "layer"):
+        raise ValueError(f"norm_kind must be 'rms' or 'layer', got {kind!r}")
+    made = RMSNorm if kind == "rms" else nn.LayerNorm
+    return made(d_model, eps=eps, device=device, dtype=dtype)
 
 
 class Step(nn.Module):
@@ -22,6 +44,7 @@ class Step(nn.Module):
         body: A mixer, a feed-forward, or a shared block.
         source: What is added to the body's input, and to nothing else.
         norm_eps: Added to the mean square in the norms.
+        norm_kind: "rms" or "layer" norms.
         device: Of the norms.
         dtype: Of the norms.
     """
@@ -32,20 +55,21 @@ class Step(nn.Module):
         body: nn.Module,
         source: nn.Module | None = None,
         norm_eps: float = 1e-5,
+        norm_kind: NormKind = "rms",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
 
-        def norm(part: nn.Module | None) -> RMSNorm | None:
+        def norm(part: nn.Module | None) -> nn.Module | None:
             if part is None or isinstance(part, SharedTransformer):
                 return None  # which has its own
-            return RMSNorm(d_model, eps=norm_eps, device=device, dtype=dtype)
+            return make_norm(norm_kind, d_model, norm_eps, device, dtype)
 
         self.norm, self.norm_source = norm(body), norm(source)
         self.body, self.source = body, source
 
-    def halves(self) -> list[tuple[str, nn.Module, RMSNorm | None]]:
+    def halves(self) -> list[tuple[str, nn.Module, nn.Module | None]]:
         """What runs, in order: name, module, norm before it."""
         halves = [("body", self.body, self.norm)]
         return (
@@ -66,7 +90,7 @@ class Step(nn.Module):
         for _, part, norm in self.halves():
             part.reset_parameters()  # type: ignore[operator]
             if norm is not None:
-                norm.reset_parameters()
+                norm.reset_parameters()  # type: ignore[operator]
 
     def forward(
         self,
@@ -112,3 +136,17 @@ class Step(nn.Module):
                 y = part(inputs)
             given = x + y
         return given, after
+
+
+def by_place(state: State) -> dict[str, dict[str, State]]:
+    """A flat state by step, then by half."""
+    found: dict[str, dict[str, State]] = {}
+    for name, v in state.items():
+        layer, part, half, own = name.split(".", 3)
+        found.setdefault(f"{layer}.{part}", {}).setdefault(half, {})[own] = v
+    return found
+
+
+def flat(place: str, states: dict[str, State]) -> State:
+    """The states of one step as parts of a flat one."""
+    return {f"{place}.{half}.{name}": v for half, own in states.items() for name, v in own.items()}
