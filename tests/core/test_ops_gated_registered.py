@@ -141,23 +141,6 @@ def test_compiles_packed():
             assert_equal(evaluate(f, inputs, **options), expected)
 
 
-def test_compiles_with_repeated_tensors(assert_near: Check):
-    """One tensor may be several inputs: of both directions, or queries that are keys."""
-
-    def both(x: Tensor, v: Tensor, g: Tensor, write: Tensor) -> Tensor:
-        return bidirectional_gated_linear_scan((x, x), (x, x), v, (g, g), (write, write))
-
-    def one(x: Tensor) -> Tensor:
-        return gated_linear_scan(x, x, x)
-
-    v = gated_inputs(2, 9, 4, 3, 3)["v"]
-    inputs = gated_inputs(2, 9, 4, 3, 6)
-    given = {"x": inputs["q"], **{name: inputs[name] for name in ("v", "g", "write")}}
-    for f, tensors in ((both, given), (one, {"x": v})):
-        # gradients are added in another order
-        assert_all_near(assert_near, evaluate(compiled(f), tensors), evaluate(f, tensors))
-
-
 def test_compiles_step():
     given = {k: v.detach() for k, v in gated_inputs(2, 1, 4, 3, 5, groups=2).items()}
     state = given.pop("initial_state")

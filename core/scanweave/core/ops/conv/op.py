@@ -21,6 +21,7 @@ from ..checks import (
     computing_dtype,
     on_kernels,
 )
+from ..inputs import told_apart
 from . import compiled, kernels, portable
 
 MAX_WIDTH = 256
@@ -221,7 +222,8 @@ def causal_conv1d(
     """
     _check(x, weight, bias, activation, initial_state, cu_seqlens)
     left, silu = weight.shape[1] - 1, activation == "silu"
-    y = _ShortConv.apply(x, weight, bias, initial_state, cu_seqlens, left, reverse, silu)
+    given = told_apart((x, weight, bias, initial_state))
+    y = _ShortConv.apply(*given, cu_seqlens, left, reverse, silu)
     if not return_final_state:
         return y
     return y, _last_inputs(x, left, reverse, initial_state, cu_seqlens)

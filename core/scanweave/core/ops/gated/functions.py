@@ -8,10 +8,10 @@ Under other names: `named.py`. Equations and letters: `reference.py`.
 
 from typing import Any, Literal, NamedTuple, overload
 
-import torch
 from torch import Tensor
 
 from ..checks import check_cu_seqlens, check_tensor
+from ..inputs import told_apart
 from .op import GatedLinearScan
 
 MAX_WIDTH = 256
@@ -115,19 +115,8 @@ def _apply(
     given = [[] if u is None else [u] for u in (skip, bonus)]
     has = tuple(len(u) > 0 for u in (*columns[:2], given[0], columns[2], given[1]))
     tensors = [*q, *k, v, *columns[0], *columns[1], *given[0], *columns[2], *given[1]]
-    if torch.compiler.is_compiling():
-        tensors = _told_apart(tensors)
     config = (has, reverse, exclusive, shift, final)
-    return GatedLinearScan.apply(config, cu_seqlens, *tensors)
-
-
-def _told_apart(tensors: list[Tensor]) -> list[Tensor]:
-    """The same with views for repeated ones: a compiler refuses a tensor that is two inputs."""
-    apart: list[Tensor] = []
-    for i, u in enumerate(tensors):
-        repeated = any(u is earlier for earlier in tensors[:i])
-        apart.append(u.view_as(u) if repeated else u)
-    return apart
+    return GatedLinearScan.apply(config, cu_seqlens, *told_apart(tensors))
 
 
 @overload

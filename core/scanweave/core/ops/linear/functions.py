@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_cu_seqlens
+from ..inputs import told_apart
 from .op import LinearScan
 from .reference import state_dtype
 
@@ -113,7 +114,7 @@ def linear_scan(
         initial_state = None if initial_state is None else initial_state.to(dtype)
     given = (flat, log_a, initial_state)
     training = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in given)
-    h, final = LinearScan.apply(*given, cu_seqlens, bool(reverse), training)
+    h, final = LinearScan.apply(*told_apart(given), cu_seqlens, bool(reverse), training)
     h = h.unflatten(2, x.shape[2:]) if x.ndim > 3 else h
     if not return_final_state:
         return h

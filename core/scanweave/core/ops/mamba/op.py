@@ -28,6 +28,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import conv, selective
 from ..checks import on_kernels, without_autocast
+from ..inputs import told_apart
 from .gate_kernel import gate
 
 # whose operators are called below
@@ -320,7 +321,7 @@ def mamba_block(
     flat = [x, in_weight, in_bias, *(v for one in lists for v in one), out_weight, out_bias]
     has = tuple(len(v) > 0 for v in lists)
     training = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in flat)
-    return MambaBlock.apply(tuple(reverse), has, training, cu_seqlens, *flat)
+    return MambaBlock.apply(tuple(reverse), has, training, cu_seqlens, *told_apart(flat))
 
 
 def _differentiable(

@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..checks import check_tensor, computing_dtype, on_kernels
+from ..inputs import told_apart
 from . import kernels
 
 # the widest row that a program of the kernel holds
@@ -200,4 +201,4 @@ def rms_norm_gated(
     size = dim if group_size is None else group_size
     if size < 1 or dim % size:
         raise ValueError(f"group_size must divide the {dim} channels, got {size}")
-    return _RmsNormGated.apply(x, weight, z, float(eps), size, norm_before_gate)
+    return _RmsNormGated.apply(*told_apart((x, weight, z)), float(eps), size, norm_before_gate)

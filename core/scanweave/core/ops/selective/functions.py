@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_cu_seqlens, check_tensor
+from ..inputs import told_apart
 from .op import SelectiveScan
 
 
@@ -88,7 +89,8 @@ def _apply(
     has = (*(columns[i][0] is not None for i in (5, 6, 7)), z is not None)
     tensors = [v for column in present for v in column] + ([] if z is None else [z])
     training = torch.is_grad_enabled() and any(v.requires_grad for v in tensors)
-    return SelectiveScan.apply(reverse, dt_softplus, has, training, cu_seqlens, *tensors)
+    settings = (reverse, dt_softplus, has, training, cu_seqlens)
+    return SelectiveScan.apply(*settings, *told_apart(tensors))
 
 
 @overload

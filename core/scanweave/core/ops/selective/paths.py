@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_cu_seqlens, check_tensor
+from ..inputs import told_apart
 from .path_op import PathSelectiveScan
 
 
@@ -146,5 +147,5 @@ def path_selective_scan(
     inputs = (x, dt, A, B, C, D, dt_bias, initial_state, z)
     training = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in inputs)
     settings = (paths, cu_seqlens, back, bool(dt_softplus), training)
-    out, final = PathSelectiveScan.apply(*settings, *inputs)
+    out, final = PathSelectiveScan.apply(*settings, *told_apart(inputs))
     return (out, final) if return_final_state else out

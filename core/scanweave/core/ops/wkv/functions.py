@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_cu_seqlens, check_tensor, computing_dtype
+from ..inputs import told_apart
 from .op import Wkv
 from .reference import power, ratio
 
@@ -89,7 +90,7 @@ def wkv(
         check_tensor("initial_state", initial_state, (rows, 3, k.shape[2]), k, letters)
     given = (k, v, log_decay, bonus, initial_state)
     training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
-    y, final = Wkv.apply(*given, cu_seqlens, bool(reverse), training)
+    y, final = Wkv.apply(*told_apart(given), cu_seqlens, bool(reverse), training)
     return (y, final) if return_final_state else y
 
 
