@@ -186,3 +186,26 @@ def nemotron_weights(theirs: Weights, kinds: list[str]) -> Weights:
         loader.put(f"layers.{i}.0.norm", loader.get(f"layers.{i}.norm"))
     loader.put("norm", loader.get("norm_f"))
     return loader.ours
+
+
+def bamba_weights(theirs: Weights, kinds: list[str]) -> Weights:
+    """BambaModel's, and GraniteMoeHybridModel's without experts."""
+    loader = Loader(theirs)
+    granite = "norm.weight" in theirs
+    second = "post_attention_layernorm" if granite else "pre_ff_layernorm"
+    for i, kind in enumerate(kinds):
+        layer = f"layers.{i}"
+        if kind in ("attention", "full_attention"):
+            loader.put(f"{layer}.0.body", from_attention(loader.get(f"{layer}.self_attn")))
+        else:
+            loader.put(f"{layer}.0.body", loader.get(f"{layer}.mamba"))
+        if granite:
+            shared = loader.get(f"{layer}.shared_mlp")
+            names = {"input_linear.weight": "gate_up.weight", "output_linear.weight": "down.weight"}
+            loader.put(f"{layer}.1.body", {names[k]: v for k, v in shared.items()})
+        else:
+            loader.put(f"{layer}.1.body", from_gated(loader.get(f"{layer}.feed_forward")))
+        loader.put(f"{layer}.0.norm", loader.get(f"{layer}.input_layernorm"))
+        loader.put(f"{layer}.1.norm", loader.get(f"{layer}.{second}"))
+    loader.put("norm", loader.get("norm" if granite else "final_layernorm"))
+    return loader.ours

@@ -139,6 +139,59 @@ MODELS: dict[str, tuple[str, dict[str, Any], str, str, dict[str, Any]]] = {
             }
         },
     ),
+    "bamba": (
+        "Bamba",
+        {
+            "num_hidden_layers": 3,
+            "attn_layer_indices": [1],
+            "num_key_value_heads": 2,
+            "mamba_n_heads": 8,
+            "mamba_d_head": 8,
+            "mamba_d_state": 4,
+            "mamba_n_groups": 2,
+            "mamba_chunk_size": 8,
+        },
+        "bamba_weights",
+        "(n f)(a f)(n f)",
+        {
+            "letters": {
+                "n": ["mamba2", {"d_state": 4, "headdim": 8, "ngroups": 2}],
+                "a": [
+                    "attention",
+                    {"num_heads": 4, "num_kv_heads": 2, "rope_fraction": 0.5, "bias": False},
+                ],
+                "f": ["gated_mlp", {"expand": 1.25}],
+            }
+        },
+    ),
+    "granite": (
+        "GraniteMoeHybrid",
+        {
+            "num_hidden_layers": 3,
+            "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+            "num_key_value_heads": 2,
+            "num_local_experts": 0,
+            "rms_norm_eps": 1e-5,
+            "shared_intermediate_size": 40,
+            "mamba_n_heads": 8,
+            "mamba_d_head": 8,
+            "mamba_d_state": 4,
+            "mamba_n_groups": 2,
+            "mamba_chunk_size": 8,
+        },
+        "bamba_weights",
+        "(n f)(a f)(n f)",
+        {
+            "letters": {
+                "n": ["mamba2", {"d_state": 4, "headdim": 8, "ngroups": 2}],
+                "a": [
+                    "attention",
+                    {"num_heads": 4, "num_kv_heads": 2, "scale": 1.0, "bias": False},
+                ],
+                "f": ["gated_mlp", {"expand": 1.25}],
+            },
+        },
+    ),
 }
 
 
