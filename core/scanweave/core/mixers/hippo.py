@@ -8,7 +8,7 @@ Signs are the stable ones. r[n] = sqrt(2 n + 1); b[n] is 1 at 0, sqrt(2) at even
     legs    -r[n] r[k] below the diagonal, -(n + 1) on it              r[n]       all, uniformly
     legt    -r[n] r[k] / 2, times (-1)^(n - k) above the diagonal      r[n] / 2   a window of 2
     lagt    -1 below the diagonal, -1/2 on it                          1          exponential decay
-    fout    frequencies pi j of pairs (2 j, 2 j + 1), minus b b^T      b[n]       a window of 1
+    fout    frequencies pi j of pairs (2 j, 2 j + 1), minus b b^T      b[n]       a window of 2
     foud    frequencies 2 pi j of the pairs, minus I / 2               b[n]       decaying waves
     legsd   legs plus half of B B^T: its normal part                   r[n] / 2   all, roughly
 
@@ -110,11 +110,11 @@ def hippo(name: HippoName, size: int) -> tuple[Tensor, Tensor]:
         ValueError: the name is unknown or the size does not fit.
 
     Example:
-        >>> hippo("lagt", 2)[0].tolist()
+        >>> hippo("lagt", 2)[0].tril().tolist()
         [[-0.5, 0.0], [-1.0, -0.5]]
 
-    Source: Gu et al. 2022, arXiv 2206.12037, section 3; a window of w steps of legt takes a time
-    step of 2 / w, of fout 1 / w.
+    Source: Gu et al. 2022, arXiv 2206.12037, section 3; a window of w tokens takes a time step of
+    2 / w, of legt and of fout.
     """
     _check(name, size, name in ("fout", "foud"))
     A, B, _ = _matrices(name, size)
