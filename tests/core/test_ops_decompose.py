@@ -25,6 +25,7 @@ from scanweave.core import (
     symmetric_conv1d,
     wkv,
 )
+from scanweave.core.ops.dense import dense_ssm
 
 BATCH, LENGTH, DIM, STATE = 2, 11, 4, 3
 
@@ -106,6 +107,12 @@ def after_average(reverse: bool = False) -> dict[str, Tensor]:
     return {**average(bare=True), "initial_state": state.detach().requires_grad_()}
 
 
+def dense(length: int = LENGTH) -> dict[str, Tensor]:
+    E = 0.3 * torch.randn(DIM, STATE, STATE, dtype=torch.float64) - torch.eye(STATE)
+    names = {"x": draw(BATCH, length, DIM), "E": E.requires_grad_(), "B": draw(DIM, STATE)}
+    return {**names, "C": draw(DIM, 2, STATE), "initial_state": draw(BATCH, DIM, STATE)}
+
+
 FINAL = {"return_final_state": True}
 REVERSE = {"reverse": True, **FINAL}
 CASES: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]], dict[str, Any]]] = {
@@ -174,6 +181,8 @@ CASES: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]], dict[st
     "average, bonus, reverse": (wkv, average, REVERSE),
     "average, state": (wkv, after_average, FINAL),
     "average, state, reverse": (wkv, lambda: after_average(reverse=True), REVERSE),
+    "dense": (dense_ssm, lambda: dense(150), FINAL),
+    "dense, one chunk, exclusive, reverse": (dense_ssm, dense, {"exclusive": True, **REVERSE}),
     "norm": (
         rms_norm_gated,
         lambda: {"x": draw(3, 8), "weight": draw(8), "z": draw(3, 8)},
@@ -270,6 +279,30 @@ def test_strong_and_absent_decay(assert_near: Callable[..., None]) -> None:
         assert_near(actual, value)
 
 
+@pytest.mark.parametrize("steep", [-300.0, -1e30, float("-inf")])
+@pytest.mark.parametrize("exclusive", [False, True])
+@pytest.mark.parametrize("vector", [False, True])
+def test_steep_decays_take_no_digits(
+    assert_near: Callable[..., None], vector: bool, exclusive: bool, steep: float
+) -> None:
+    """What is kept after a steep step is as exact as what was before it, gradients included."""
+    exact = {n: v.detach() for n, v in gated(12 if vector else 150, vector=vector).items()}
+    exact["g"][:, 3::9] = steep
+    model = Call(gated_linear_scan, {"exclusive": exclusive, **FINAL})
+
+    def run(module: Callable[..., Any], dtype: torch.dtype) -> list[Tensor]:
+        given = {n: v.to(dtype).requires_grad_() for n, v in exact.items()}
+        outputs = module(given)
+        torch.manual_seed(1)
+        loss = sum((v * torch.randn(v.shape, dtype=torch.float64).to(v)).sum() for v in outputs)
+        return [*outputs, *torch.autograd.grad(loss, list(given.values()))]
+
+    single = {n: v.float() for n, v in exact.items()}
+    found = run(decomposed(model, single), torch.float32)
+    for i, (actual, value) in enumerate(zip(found, run(model, torch.float64), strict=True)):
+        assert_near(actual, value, gradient=i > 1)
+
+
 def test_batch_may_change() -> None:
     inputs = {n: v.detach() for n, v in scan(bare=True).items()}
     batch = torch.export.Dim("batch", min=1, max=64)
@@ -292,12 +325,15 @@ def test_length_must_be_static() -> None:
         program.run_decompositions(decompositions())
 
 
-def test_packed_sequences_are_refused() -> None:
-    inputs = {
-        "x": torch.randn(1, LENGTH, DIM),
-        "weight": torch.randn(DIM, 4),
-        "cu_seqlens": torch.tensor([0, 4, LENGTH], dtype=torch.int32),
-    }
-    program = torch.export.export(Call(causal_conv1d, {}), (inputs,))
+@pytest.mark.parametrize(
+    ("function", "make"), [(causal_conv1d, lambda: conv(bias=False)), (dense_ssm, dense)]
+)
+def test_packed_sequences_are_refused(
+    function: Callable[..., Any], make: Callable[[], dict[str, Tensor]]
+) -> None:
+    inputs = {n: v.detach() for n, v in make().items() if n != "initial_state"}
+    inputs["x"] = inputs["x"][:1]
+    inputs["cu_seqlens"] = torch.tensor([0, 4, LENGTH], dtype=torch.int32)
+    program = torch.export.export(Call(function, {}), (inputs,))
     with pytest.raises(ValueError, match=re.escape("cu_seqlens must be None") + r".*\(3,\)"):
         program.run_decompositions(decompositions())

@@ -7,18 +7,13 @@ exported program in which these replace `torch.ops.scanweave.*`:
     program = program.run_decompositions(decompositions())
     torch.onnx.export(program, f="model.onnx", dynamo=True)
 
-A recurrence h[t] = a[t] h[t-1] + b[t] becomes log2(L) passes over all tokens, in which every token
-takes in the one 1, 2, 4, ... before it:
-
-    b <- b + a * b moved by s;   a <- a * a moved by s;   s <- 2 s
-
+A recurrence h[t] = a[t] h[t-1] + b[t] becomes log2(L) passes over all tokens (`doubling.py`).
 No exponent is above 0 and nothing is divided, so it is as exact as the loop. It costs log2(L)
 times the memory traffic of the states of all tokens; the matrix-state scan with one decay a head
-does so once a chunk only. The length of the sequence must be fixed, the batch need not be. The
-composites have gradients: a decomposed program trains.
+does so once a chunk only (`gated/decomposed.py`). The length of the sequence must be fixed, the
+batch need not be. The composites have gradients: a decomposed program trains.
 
-Letters: B batch, L length, D channels, N state, G groups, H heads, K key width, V value width.
-Source: Hillis & Steele 1986, Data parallel algorithms (doubling); the chunks as in `gated`.
+Letters: B batch, L length, D channels, N state, G groups, H heads, K key width.
 """
 
 from collections.abc import Callable
@@ -28,14 +23,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .checks import computing_dtype
+from .dense.op import double
+from .doubling import moved, recurrence
 from .gated.bonus import with_bonus
+from .gated.decomposed import matrix_chunks, matrix_states
 from .linear.reference import state_dtype
 from .mamba.op import in_parts
 from .norm.reference import rms_norm_gated_ref
 from .wkv.reference import power, ratio
-
-# steps of a chunk of the matrix-state scan, as in `gated/portable.py`
-CHUNK = 64
 
 
 def decompositions() -> dict[torch._ops.OpOverload, Callable]:
@@ -59,42 +54,27 @@ def decompositions() -> dict[torch._ops.OpOverload, Callable]:
         ops.gated_linear_scan.default: _gated_linear_scan,
         ops.linear_scan.default: _linear_scan,
         ops.wkv.default: _wkv,
+        ops.dense_scan.default: _dense_scan,
+        ops.chunk_layout.default: _chunk_layout,
         ops.rms_norm_gated.default: _rms_norm_gated,
     }
 
 
-def _check(x: Tensor, cu_seqlens: Tensor | None) -> None:
+def _check_length(length: int | torch.SymInt) -> None:
+    if not isinstance(length, int):
+        raise ValueError(f"the length must be static in a decomposed program, got {length}")
+
+
+def _check_packed(cu_seqlens: Tensor | None) -> None:
     if cu_seqlens is not None:
         raise ValueError(
             f"cu_seqlens must be None in a decomposed program, got {tuple(cu_seqlens.shape)}"
         )
-    if not isinstance(x.shape[1], int):
-        raise ValueError(f"the length must be static in a decomposed program, got {x.shape[1]}")
 
 
-def _moved(v: Tensor, steps: int, reverse: bool = False, fill: float = 0.0) -> Tensor:
-    """What stood `steps` tokens before each token on axis 1 (after it if `reverse`), or `fill`."""
-    kept = v[:, steps:] if reverse else v[:, : v.shape[1] - steps]
-    sides = [0, steps] if reverse else [steps, 0]
-    return F.pad(kept, [0, 0] * (v.ndim - 2) + sides, value=fill)
-
-
-def _recurrence(
-    a: Tensor, b: Tensor, initial_state: Tensor | None, reverse: bool
-) -> tuple[Tensor, Tensor]:
-    """All h[t] = a[t] h[t-1] + b[t] along axis 1, and the last one; `a` broadcasts to `b`."""
-    length = b.shape[1]
-    if initial_state is not None:
-        last = length - 1 if reverse else 0
-        started = b[:, last : last + 1] + a[:, last : last + 1] * initial_state.unsqueeze(1)
-        b = torch.cat([b[:, :last], started] if reverse else [started, b[:, 1:]], 1)
-    step = 1
-    while step < length:
-        b = b + a * _moved(b, step, reverse)
-        if 2 * step < length:
-            a = a * _moved(a, step, reverse)
-        step *= 2
-    return b, b[:, 0] if reverse else b[:, length - 1]
+def _check(x: Tensor, cu_seqlens: Tensor | None) -> None:
+    _check_packed(cu_seqlens)
+    _check_length(x.shape[1])
 
 
 def _short_conv(
@@ -148,7 +128,7 @@ def _selective_direction(
     decay = torch.exp(delta.unsqueeze(-1) * A)  # (B, L, D, N)
     written = (delta * x).unflatten(2, (groups, -1)).unsqueeze(-1) * B.unsqueeze(3)
     start = None if initial_state is None else initial_state.to(dtype)
-    h, final = _recurrence(decay, written.flatten(2, 3), start, reverse)
+    h, final = recurrence(decay, written.flatten(2, 3), start, reverse)
     y = (h.unflatten(2, (groups, -1)) @ C.unsqueeze(-1)).squeeze(-1).flatten(2, 3)
     return (y if D is None else y + D.to(dtype) * x), final
 
@@ -260,11 +240,11 @@ def _gated_linear_scan(
     for d, back in enumerate(reverse):
         queries, keys = (_each_head(u.to(dtype), heads) for u in (q[d], k[d]))
         if shift:
-            queries = _moved(queries, 1, back)
+            queries = moved(queries, 1, back)
         decays = values.new_zeros(v.shape[:3]) if not g else g[d].to(dtype)
         written = values * write[d].to(dtype).unsqueeze(-1) if write else values
         start = initial_state[d].to(dtype) if initial_state else None
-        run = _matrix_states if decays.ndim == 4 else _matrix_chunks
+        run = matrix_states if decays.ndim == 4 else matrix_chunks
         o, last = run(queries, keys, written, decays, start, back, exclusive)
         total = o if total is None else total + o
         finals.append(last)
@@ -283,68 +263,6 @@ def _each_head(u: Tensor, heads: int) -> Tensor:
     return u.unsqueeze(3).expand(-1, -1, -1, heads // groups, -1).flatten(2, 3)
 
 
-def _matrix_states(
-    q: Tensor,
-    k: Tensor,
-    written: Tensor,
-    g: Tensor,
-    initial_state: Tensor | None,
-    reverse: bool,
-    exclusive: bool,
-) -> tuple[Tensor, Tensor]:
-    """A decay per key channel (B, L, H, K): the states of all tokens, (B, L, H, K, V)."""
-    inputs = k.unsqueeze(-1) * written.unsqueeze(-2)
-    h, last = _recurrence(torch.exp(g).unsqueeze(-1), inputs, initial_state, reverse)
-    if exclusive:
-        h = _entering(h, initial_state, reverse)
-    return (q.unsqueeze(-2) @ h).squeeze(-2), last
-
-
-def _entering(h: Tensor, initial_state: Tensor | None, reverse: bool) -> Tensor:
-    """The state before each step, given the states after them."""
-    before = _moved(h, 1, reverse)
-    if initial_state is None:
-        return before
-    start = initial_state.unsqueeze(1)
-    return torch.cat([before[:, :-1], start] if reverse else [start, before[:, 1:]], 1)
-
-
-def _matrix_chunks(
-    q: Tensor,
-    k: Tensor,
-    written: Tensor,
-    g: Tensor,
-    initial_state: Tensor | None,
-    reverse: bool,
-    exclusive: bool,
-) -> tuple[Tensor, Tensor]:
-    """A decay per head (B, L, H): matrix products inside chunks, one state a chunk."""
-    length = q.shape[1]
-    steps = min(CHUNK, length)
-    beyond = -length % steps
-    if reverse:
-        q, k, written, g = (u.flip(1) for u in (q, k, written, g))
-    # steps beyond the end write nothing and decay nothing
-    chunked = (
-        F.pad(u, [0, 0] * (u.ndim - 2) + [0, beyond]).unflatten(1, (-1, steps))
-        for u in (q, k, written, g.unsqueeze(-1))
-    )
-    q, k, written, g = (u.transpose(2, 3) for u in chunked)  # (B, chunks, H, Q, width)
-    sums = g.cumsum(3)
-    read = sums - g if exclusive else sums
-    # how far the reading is behind the writing: below `nearest` it sees nothing
-    places = torch.arange(steps, device=q.device)
-    seen = places.unsqueeze(1) - places >= int(exclusive)
-    between = torch.where(seen, (read - sums.mT).clamp(max=0), float("-inf"))
-    inside = ((q @ k.mT) * torch.exp(between)) @ written
-    total = sums[:, :, :, -1:]
-    inputs = (k * torch.exp(total - sums)).mT @ written  # (B, chunks, H, K, V)
-    h, last = _recurrence(torch.exp(total), inputs, initial_state, reverse=False)
-    carried = (q * torch.exp(read)) @ _entering(h, initial_state, reverse=False)
-    out = (inside + carried).transpose(2, 3).flatten(1, 2)[:, :length]
-    return out.flip(1) if reverse else out, last
-
-
 def _linear_scan(
     x: Tensor,
     log_a: Tensor,
@@ -357,7 +275,7 @@ def _linear_scan(
     dtype = state_dtype(x, log_a, initial_state)
     decay = torch.exp(log_a.to(dtype)).expand(x.shape)
     start = None if initial_state is None else initial_state.to(dtype)
-    h, final = _recurrence(decay, x.to(dtype), start, reverse)
+    h, final = recurrence(decay, x.to(dtype), start, reverse)
     return h.to(x.dtype), final.clone(), h.new_empty(0)
 
 
@@ -389,13 +307,13 @@ def _wkv(
     )
     step = 1
     while step <= k.shape[1]:
-        before = _moved(m, step, reverse, float("-inf")) + w
+        before = moved(m, step, reverse, float("-inf")) + w
         # a scale that cancels: its gradient is left out
         top = torch.maximum(before, m).detach()
         past, now = power(before, top), power(m, top)
-        n = _moved(n, step, reverse) * past + n * now
-        d = _moved(d, step, reverse) * past + d * now
-        w, m = w + _moved(w, step, reverse), top
+        n = moved(n, step, reverse) * past + n * now
+        d = moved(d, step, reverse) * past + d * now
+        w, m = w + moved(w, step, reverse), top
         step *= 2
     states = torch.stack([n, d, m], 2)  # (B, L + 1, 3, D)
     after, before = (states[:, :-1], states[:, 1:]) if reverse else (states[:, 1:], states[:, :-1])
@@ -423,3 +341,12 @@ def _rms_norm_gated(
     return rms_norm_gated_ref(
         x, weight, z, eps=eps, group_size=group_size, norm_before_gate=norm_before_gate
     )
+
+
+def _dense_scan(u: Tensor, E: Tensor, position: Tensor, longest: int) -> Tensor:
+    _check_length(longest)
+    return double(u, E.mT, position, longest, False)
+
+
+def _chunk_layout(cu_seqlens: Tensor, length: int, chunk: int, reverse: bool) -> None:
+    _check_packed(cu_seqlens)

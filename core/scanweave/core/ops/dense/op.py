@@ -32,12 +32,10 @@ _forward_op = torch.ops.scanweave.dense_scan.default
 _backward_op = torch.ops.scanweave.dense_scan_backward.default
 
 
-def _double(u: Tensor, E: Tensor, position: Tensor, longest: int, back: bool) -> Tensor:
+def double(u: Tensor, E: Tensor, position: Tensor, longest: int, back: bool) -> Tensor:
     """All rounds; `back` runs from the end, and `position` counts from a sequence's end then."""
-    if not position.is_cuda and position.numel():
-        longest = min(longest, int(position.max()) + 1)
     h, reach = u.clone(memory_format=torch.contiguous_format), 1
-    while reach < min(longest, u.shape[1]):
+    while reach < longest:
         behind = h[:, reach:] if back else h[:, :-reach]
         reached = (position[:-reach] if back else position[reach:]) >= reach
         add = torch.where(reached[:, None], behind + behind @ E, 0)
@@ -51,8 +49,16 @@ def _double(u: Tensor, E: Tensor, position: Tensor, longest: int, back: bool) ->
     return h
 
 
+def _longest(position: Tensor, longest: int) -> int:
+    """How long sequences are at most, as far as it costs nothing to see."""
+    longest = min(longest, position.shape[0])
+    if position.is_cuda or not position.numel():
+        return longest
+    return min(longest, int(position.max()) + 1)
+
+
 def _forward(u: Tensor, E: Tensor, position: Tensor, longest: int) -> Tensor:
-    return _double(u, E.transpose(1, 2), position, longest, False)
+    return double(u, E.mT, position, _longest(position, longest), False)
 
 
 def _from_end(position: Tensor) -> Tensor:
@@ -68,7 +74,7 @@ def _from_end(position: Tensor) -> Tensor:
 def _backward(
     dh: Tensor, h: Tensor, E: Tensor, position: Tensor, longest: int
 ) -> tuple[Tensor, Tensor]:
-    du = _double(dh, E, _from_end(position), longest, True)
+    du = double(dh, E, _from_end(position), _longest(position, longest), True)
     carried = torch.where((position[1:] > 0)[:, None], h[:, :-1], 0)
     return du, du[:, 1:].transpose(1, 2) @ carried
 

@@ -161,7 +161,7 @@ def _problem(
     )
 
 
-def _between(g: Tensor, axis: int, exclusive: bool) -> Tensor:
+def sums_between(g: Tensor, axis: int, exclusive: bool) -> Tensor:
     """Sums of the log decays from the step after j to step i; axes i and j for `axis` of `g`."""
     steps = g.shape[axis]
     later = torch.ones(steps, steps, dtype=torch.bool, device=g.device).tril(-1)
@@ -203,7 +203,7 @@ class _Block:
             else across.unsqueeze(-1).expand(-1, -1, -1, -1, width).flatten(3)
         )  # scales (M, G, K, U V)
         # of channels (M, G, Q, Q, K), of heads (M, G, U, Q, Q)
-        between = _between(g, 2, p.exclusive) if p.vector else _between(g.mT, 3, p.exclusive)
+        between = sums_between(*((g, 2) if p.vector else (g.mT, 3)), p.exclusive)
         places = torch.arange(steps, device=g.device)
         steps_between = places.unsqueeze(1) - places - int(p.exclusive)  # (Q, Q)
         # pairs whose weight depends on a decay: the others must not enter sums that cancel them
