@@ -48,6 +48,7 @@ def rotate_channels(x: Tensor, place: Tensor, width: int, base: float) -> Tensor
     "attention",
     primitive="sequence_attention",
     paper="Vaswani et al. 2017, arXiv 1706.03762",
+    parity="6e-16 (float64), PyTorch's MultiheadAttention",
 )
 class Attention(Mixer):
     """Causal softmax attention. Its state is the cache of keys and values, which grows.
@@ -296,6 +297,7 @@ class Attention(Mixer):
     "attention_bidirectional",
     primitive="sequence_attention",
     paper="Vaswani et al. 2017, arXiv 1706.03762",
+    parity="1e-15 (float64), PyTorch's MultiheadAttention",
 )
 class BidirectionalAttention(Attention):
     """Softmax attention to the whole sequence; arguments as `Attention`."""

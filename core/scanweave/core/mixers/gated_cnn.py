@@ -105,6 +105,7 @@ class _GatedCNNBase(Mixer):
     "gated_cnn",
     primitive="causal_conv1d",
     paper="Yu & Wang 2024, arXiv 2405.07992",
+    parity="3e-7 (float32), timm's GatedConvBlock on one row",
 )
 class GatedCNN(_GatedCNNBase):
     """Causal gated CNN; its state is the last W - 1 inputs of the convolution.
@@ -131,6 +132,7 @@ class GatedCNN(_GatedCNNBase):
     "gated_cnn_bidirectional",
     primitive="symmetric_conv1d",
     paper="Yu & Wang 2024, arXiv 2405.07992",
+    parity="3e-7 (float32), timm's GatedConvBlock on one row",
 )
 class BidirectionalGatedCNN(_GatedCNNBase):
     """Gated CNN with centred taps; arguments as `GatedCNN`, `kernel_size` odd."""
