@@ -1,18 +1,22 @@
 """Published hybrids by name in a model of each domain."""
 
+import importlib
+import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from scanweave.core.stack import PRESETS
+from scanweave.core.stack import PRESETS, Stack
+from scanweave.core.training import parse_pairs
 
 timm = pytest.importorskip("timm")
 pytest.importorskip("torch_geometric")
 
 import scanweave.vision  # noqa: E402, F401 (registers the models)
 from scanweave.graph import GraphMambaConv, gin_conv  # noqa: E402
-from scanweave.rl import DecisionMamba  # noqa: E402
+from scanweave.rl import DecisionMamba, Spaces  # noqa: E402
 
 NAMES = ("samba", "zamba2", "hymba", "moe_mamba")
 
@@ -66,3 +70,39 @@ def test_acts_step_by_step(name: str) -> None:
             first = torch.full((2,), t == 0)
             y, carried = model.step(states[:, t], before, rewards[:, t], when[:, t], carried, first)
             torch.testing.assert_close(y, expected[:, t], atol=1e-5, rtol=1e-4)
+
+
+PAIRS = ("pattern=griffin", "depth=3", "letters={'w': ['local_attention', {'window': 5}]}")
+
+
+@pytest.mark.parametrize("domain", ["rl", "graph"])
+def test_command_lines_take_stacks(domain: str) -> None:
+    tyro = pytest.importorskip("tyro")
+    pytest.importorskip("accelerate")
+    script: Any = importlib.import_module(f"scanweave.{domain}.train")
+    config = tyro.cli(script.Config, args=["--mixer", "stack", "--mixer-args", *PAIRS])
+    assert config.mixer_args == PAIRS
+    if domain == "rl":
+        model = script.build_model(replace(config, n_layer=1), Spaces(3, 2, False))
+        (stack,) = (m for m in model.modules() if isinstance(m, Stack))
+        assert stack.pattern == "2*(g f) (w f)"
+        assert stack._mixers()["2.0.body"].window == 5  # type: ignore[union-attr]
+
+
+def test_pairs_are_python_values_or_text() -> None:
+    letters = {"w": ["local_attention", {"window": 5}]}
+    expected = {"pattern": "griffin", "depth": 3, "letters": letters}
+    assert parse_pairs(PAIRS, "mixer_args") == expected
+    assert parse_pairs(["pattern=2*(m f)=x"], "mixer_args") == {"pattern": "2*(m f)=x"}
+    for wrong in ("depth", "=3", "2x=3"):
+        with pytest.raises(ValueError, match=f"mixer_args must be name=value, got '{wrong}'"):
+            parse_pairs([wrong], "mixer_args")
+    with pytest.raises(ValueError, match="mixer_args must name every argument once, got 'a' twice"):
+        parse_pairs(["a=1", "a=2"], "mixer_args")
+
+
+def test_agents_of_stacks_are_stored() -> None:
+    config = {**parse_pairs(PAIRS, "mixer_args"), "norm_kind": "layer"}
+    model = DecisionMamba(2, 3, 16, 1, 4, mixer="stack", mixer_kwargs=config).eval()
+    assert json.loads(json.dumps(model.config))["mixer_kwargs"] == config
+    assert DecisionMamba(**json.loads(json.dumps(model.config))).config == model.config

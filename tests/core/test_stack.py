@@ -331,6 +331,10 @@ REFUSED: list[tuple[Callable[[], object], str]] = [
     (lambda: create_stack("m", 8, depth=0), "depth must be at least 1, got 0"),
     (lambda: create_stack("m", 8, meta_tokens=-1), "meta_tokens must be at least 0, got -1"),
     (
+        lambda: create_stack("grifin", 8),
+        "names and letters that are known, not 'grifin', .*; presets are samba, .*griffin",
+    ),
+    (
         lambda: create_stack("m", 8, norm_kind="batch"),
         "norm_kind must be 'rms' or 'layer', got 'batch'",
     ),
@@ -393,3 +397,5 @@ def test_states_must_fit():
         stack.step(x, state)
     with pytest.raises(TypeError, match="mixer 'stack' does not take layers"):
         create_stack("m", 8, layers=3)
+    with pytest.raises(TypeError, match="'gated_mlp' does not take width; it takes expand, "):
+        create_stack("f", 8, letters={"f": ["gated_mlp", {"width": 3}]})

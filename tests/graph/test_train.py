@@ -101,6 +101,8 @@ def test_evaluation_does_not_depend_on_its_batch_size(tmp_path, splits):
         {"mixer": "mamba", "bidirectional": False, "eval_perms": 3, "ties": "fresh"},
         {"d_state": 4, "norm": "none", "pool": "add", "dropout": 0.1},
         {"order": ("degree", "bfs")},
+        {"mixer": "stack", "mixer_args": ("pattern=(m f)", "depth=2")},
+        {"mixer": "mamba", "mixer_args": ("expand=2",), "d_state": 4, "norm": "none"},
     ],
     ids=str,
 )
@@ -126,6 +128,11 @@ def test_state_size_is_for_mixers_that_have_one(mixer, tmp_path, splits):
     assert all(v.equal(given[name]) for name, v in plain.items())
     sized = build_model(config(tmp_path, mixer="mamba", d_state=4), splits)
     assert sized.convs[0].mixer.d_state == 4
+
+
+def test_arguments_of_mixers_need_a_mixer(tmp_path, splits):
+    with pytest.raises(ValueError, match="mixer_args must be empty without a mixer, got "):
+        build_model(config(tmp_path, mixer="none", mixer_args=("expand=2",)), splits)
 
 
 def test_unknown_mixer_is_named_with_a_state_size(tmp_path, splits):

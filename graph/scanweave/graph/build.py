@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch_geometric.nn import global_add_pool, global_max_pool, global_mean_pool
 
-from scanweave.core.training import seed_everything
+from scanweave.core.training import parse_pairs, seed_everything
 
 from .controls import GPS
 from .datasets import GraphSplits
@@ -126,10 +126,14 @@ def _make_conv(config: Config, splits: GraphSplits) -> MakeConv | None:
 
 def _mixer_kwargs(config: Config) -> dict[str, Any] | None:
     """`d_state` where it is set and the mixer has one, so that mixers compare in one command."""
+    given = parse_pairs(config.mixer_args, "mixer_args")
+    if given and config.mixer == "none":
+        raise ValueError(f"mixer_args must be empty without a mixer, got {config.mixer_args}")
     if not config.d_state or config.mixer == "none":
-        return None
+        return given or None
     # on the meta device a mixer has neither memory nor random numbers
     with torch.device("meta"):
         mixer = make_mixer(config.hidden_channels, config.mixer, None)
     takes = inspect.signature(type(mixer)).parameters
-    return {"d_state": config.d_state} if "d_state" in takes else None
+    own = {"d_state": config.d_state} if "d_state" in takes else {}
+    return {**own, **given} or None

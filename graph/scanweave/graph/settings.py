@@ -72,6 +72,8 @@ class Config:
     """Registered mixer, or `none` for the same model without mixers."""
     d_state: int = 0
     """State size of Mamba mixers, unused by others; 0 leaves the mixer's default."""
+    mixer_args: tuple[str, ...] = ()
+    """Further arguments of the mixer as name=value, such as `pattern=griffin` of a `stack`."""
     order: tuple[str, ...] = ("degree",)
     """Node order; several names are compared one after another."""
     precompute_order: bool = False

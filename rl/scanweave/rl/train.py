@@ -36,6 +36,7 @@ from scanweave.core.training import (
     TrainConfig,
     Trainer,
     TrainResult,
+    parse_pairs,
     plot_history,
     seed_everything,
 )
@@ -96,6 +97,8 @@ class Config:
     """Causal mixer; `attention` gives a Decision Transformer, `gated_cnn` a convolution."""
     d_state: int = 8
     """State size N, for mixers that have one to choose."""
+    mixer_args: tuple[str, ...] = ()
+    """Further arguments of the mixer as name=value, such as `pattern=griffin` of a `stack`."""
     hidden_size: int = 64
     """Model channels."""
     n_layer: int = 2
@@ -260,6 +263,7 @@ def build_model(config: Config, spaces: Spaces) -> DecisionMamba:
     # built without memory to ask for its arguments: some have a state of another kind
     kind = type(create_mixer(config.mixer, config.hidden_size, device="meta"))
     takes_d_state = "d_state" in inspect.signature(kind).parameters
+    own = {"d_state": config.d_state} if takes_d_state else {}
     return DecisionMamba(
         spaces.state_dim,
         spaces.act_dim,
@@ -268,7 +272,7 @@ def build_model(config: Config, spaces: Spaces) -> DecisionMamba:
         config.context,
         config.max_ep_len,
         mixer=config.mixer,
-        mixer_kwargs={"d_state": config.d_state} if takes_d_state else None,
+        mixer_kwargs={**own, **parse_pairs(config.mixer_args, "mixer_args")},
         dropout=config.dropout,
         remove_act_embs=config.remove_act_embs,
         timestep_embedding=config.timestep_embedding,

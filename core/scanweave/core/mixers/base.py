@@ -372,5 +372,8 @@ def create_mixer(name: str, d_model: int, **config: object) -> Mixer:
 
 def _lookup(name: str) -> type[Mixer]:
     if name not in _REGISTRY:
-        raise ValueError(f"mixer must be one of {', '.join(list_mixers())}, got {name!r}")
+        raise ValueError(
+            f"mixer must be one of {', '.join(list_mixers())}, got {name!r}; hybrids by name are "
+            "patterns of 'stack'"
+        )
     return _REGISTRY[name]

@@ -74,7 +74,13 @@ class _Stack(Mixer):
         self.words: dict[str, Named] = {**LETTERS, **preset.letters, **(letters or {})}
         ties = {word.upper() for word in self.words if len(word) == 1}
         known = {*self.words, *ties, *FEED_FORWARDS, SHARED, *list_mixers()}
-        layers = parse_pattern(preset.pattern, known)
+        try:
+            layers = parse_pattern(preset.pattern, known)
+        except ValueError as error:
+            if not pattern.isidentifier():
+                raise
+            # one word may have been meant as a preset
+            raise ValueError(f"{error}; presets are {', '.join(PRESETS)}") from None
         depth = preset.depth if depth is None else depth
         if depth is not None:
             if depth < 1:
@@ -151,6 +157,10 @@ class _Stack(Mixer):
             return self._shared(config)
         if kind in FEED_FORWARDS:
             made = FEED_FORWARDS[kind]
+            takes = [p for p in inspect.signature(made).parameters if p != "d_model"]
+            if not config.keys() <= set(takes):
+                strange = ", ".join(sorted(config.keys() - set(takes)))
+                raise TypeError(f"{kind!r} does not take {strange}; it takes {', '.join(takes)}")
             if made is ChannelMix and not self.causal:
                 made = BidirectionalChannelMix
             return made(self.d_model, **self._placed(made, config), **self._dd)

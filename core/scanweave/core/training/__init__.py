@@ -21,6 +21,7 @@ on GPUs as near as their kernels repeat themselves.
 
     TrainConfig            all settings; a script's own settings hold one in a field
     Trainer, TrainResult   the loop
+    parse_pairs            name=value texts of a command line as arguments
     script_settings        a script's own settings, the same when it resumes
     param_groups           weight decay where it belongs
     schedule_factor        the learning rate's course
@@ -39,6 +40,7 @@ if find_spec("rich") is None:
 from .checkpoint import Checkpoint, find_checkpoint, load_checkpoint, save_checkpoint
 from .config import TrainConfig
 from .log import read_history
+from .pairs import parse_pairs
 from .params import param_groups
 from .plot import plot_history
 from .runtime import derive_seed, isolated_random_state, seed_everything
@@ -56,6 +58,7 @@ __all__ = [
     "isolated_random_state",
     "load_checkpoint",
     "param_groups",
+    "parse_pairs",
     "plot_history",
     "read_history",
     "save_checkpoint",
