@@ -161,7 +161,7 @@ def test_long_convolution(assert_near: Check, dtype: torch.dtype):
     check(assert_near, fft_conv, inputs)
 
 
-@pytest.mark.parametrize("mode", ["conv", "scan"])
+@pytest.mark.parametrize("mode", ["conv", "chunk", "scan"])
 def test_diagonal_model(assert_near: Check, mode: str):
     given = linear_inputs(1, 1, 48, 8, constant=True, dtype=torch.complex64, device="cuda")
     x = torch.randn(2, 2500, 48, device="cuda")

@@ -202,6 +202,10 @@ def near(assert_near: Check, actual: dict[str, Tensor], expected: dict[str, Tens
         {"mode": "conv", "chunk": 1},
         {"mode": "conv", "chunk": 5},
         {"mode": "conv", "chunk": 10},
+        {"mode": "chunk"},
+        {"mode": "chunk", "chunk": 1},
+        {"mode": "chunk", "chunk": 5},
+        {"mode": "auto", "chunk": 8},
     ],
     ids=str,
 )
@@ -231,7 +235,7 @@ def test_kernel_is_the_impulse_response(assert_near: Check, dtype: torch.dtype):
 
 @KINDS
 @REVERSE
-@pytest.mark.parametrize("mode", ["scan", "conv"])
+@pytest.mark.parametrize("mode", ["scan", "conv", "chunk"])
 def test_model_pieces_are_the_whole(
     assert_near: Check, mode: str, reverse: bool, dtype: torch.dtype
 ):
@@ -263,7 +267,71 @@ def test_model_steps_and_packing(assert_near: Check, dtype: torch.dtype):
         near(assert_near, {"state": h}, {"state": final[i : i + 1]})
 
 
-@pytest.mark.parametrize("mode", ["auto", "scan", "conv"])
+@KINDS
+@REVERSE
+@pytest.mark.parametrize("chunk", [1, 4, 32])
+@pytest.mark.parametrize("lengths", [(0, 9, 1, 0, 13), (8, 4, 0, 0), (23,)], ids=str)
+def test_chunks_of_packed_sequences_are_the_scan(
+    assert_near: Check, lengths: tuple[int, ...], chunk: int, reverse: bool, dtype: torch.dtype
+):
+    inputs = ssm_inputs(1, sum(lengths), 3, 4, dtype, rows=len(lengths))
+    options: dict[str, Any] = {"cu_seqlens": pack(lengths), "reverse": reverse, **ALL}
+    actual = evaluate(diagonal_ssm, inputs, mode="chunk", chunk=chunk, **options)
+    near(assert_near, actual, evaluate(diagonal_ssm, inputs, mode="scan", **options))
+
+
+@REVERSE
+def test_chunks_keep_sequences_apart(reverse: bool):
+    given = {k: v.detach() for k, v in ssm_inputs(1, 40, 3, 4, torch.complex64).items()}
+    del given["initial_state"]
+    options: dict[str, Any] = {"cu_seqlens": pack((15, 5, 0, 20)), "reverse": reverse, **ALL}
+    x = given.pop("x")
+    expected, last = diagonal_ssm(x, **given, **options)
+    poisoned = x.clone()
+    poisoned[:, 15:20] = float("nan")
+    poisoned.requires_grad_()
+    y, h = diagonal_ssm(poisoned, **given, **options)
+    kept = torch.cat([torch.arange(15), torch.arange(20, 40)])
+    assert torch.equal(y[:, kept], expected[:, kept])
+    assert torch.equal(h[[0, 2, 3]], last[[0, 2, 3]])
+    assert y[:, 15:20].isnan().all()
+    (dx,) = torch.autograd.grad(y.nansum(), poisoned)
+    assert dx[:, kept].isfinite().all()
+
+
+def test_chunks_keep_no_state_of_every_step():
+    inputs = ssm_inputs(1, 640, 4, 16, torch.complex64, rows=2)
+    kept: dict[int, int] = {}
+
+    def keep(v: Tensor) -> Tensor:
+        kept[v.untyped_storage().data_ptr()] = v.untyped_storage().nbytes()
+        return v
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda v: v):
+        diagonal_ssm(**inputs, cu_seqlens=pack((600, 40)), **ALL)
+    # states of all steps: 640 x 4 x 16 complex numbers
+    assert sum(kept.values()) < 640 * 4 * 16 * 8 / 2
+
+
+class Packed(torch.nn.Module):
+    def forward(self, x: Tensor, log_a: Tensor, B: Tensor, C: Tensor, cu_seqlens: Tensor) -> Tensor:
+        return diagonal_ssm(x, log_a, B, C, cu_seqlens=cu_seqlens)
+
+
+def test_chunks_export_for_any_length(assert_near: Check):
+    def inputs(lengths: tuple[int, ...]) -> tuple[Tensor, ...]:
+        given = ssm_inputs(1, sum(lengths), 3, 4, torch.complex64)
+        return *(given[k].detach() for k in ("x", "log_a", "B", "C")), pack(lengths)
+
+    sizes = torch.export.Dim("length", min=2, max=512), torch.export.Dim("borders", min=3, max=64)
+    shapes = {"x": {1: sizes[0]}, "log_a": None, "B": None, "C": None, "cu_seqlens": {0: sizes[1]}}
+    program = torch.export.export(Packed(), inputs((40, 9)), dynamic_shapes=shapes, strict=False)
+    for lengths in ((40, 9), (3, 0, 70, 64), (1, 32)):
+        args = inputs(lengths)
+        assert_near(program.module()(*args), Packed()(*args))
+
+
+@pytest.mark.parametrize("mode", ["chunk", "scan", "conv"])
 def test_model_in_half_precision_keeps_its_state(assert_near: Check, mode: str):
     given = {k: v.detach() for k, v in ssm_inputs(2, 600, 3, 2, torch.complex64).items()}
     half = given | {"x": given["x"].bfloat16()}
@@ -319,12 +387,12 @@ SSM_ERRORS: list[tuple[dict[str, Any], str]] = [
     ({"C": zeros(4, 2, device="meta")}, "C must be on cpu as x is, got meta"),
     ({"x": zeros(2, 5, 3)}, "log_a must have the 3 channels of x"),
     ({"D": zeros(3)}, r"D must be \(D,\) = \(4,\), got \(3,\)"),
-    ({"mode": "fast"}, "mode must be 'auto', 'conv' or 'scan', got 'fast'"),
+    ({"mode": "fast"}, "mode must be one of auto, conv, chunk, scan, got 'fast'"),
     ({"chunk": 0}, "chunk must be at least 1, got 0"),
     ({"initial_state": zeros(2, 4)}, r"initial_state must be \(B, D, N\) = \(2, 4, 2\)"),
     (
         {"x": zeros(1, 5, 4), "cu_seqlens": pack((5,)), "mode": "conv"},
-        "mode must be 'scan' or 'auto' with cu_seqlens",
+        "mode must be auto, chunk or scan with cu_seqlens, got 'conv'",
     ),
 ]
 

@@ -75,13 +75,20 @@ def exporting() -> bool:
 
 
 def transforms(mode: Mode, length: int, packed: bool) -> bool:
-    """Whether a sequence is convolved; one that is not is scanned."""
+    """Whether a sequence is convolved as a whole."""
     if packed or mode == "scan":
         return False
     if mode == "conv":
         return True
     # a program is exported for any length, and sizes of transforms are steps
     return not exporting() and length >= CONVOLVE_FROM
+
+
+def path(mode: Mode, length: int, packed: bool) -> Literal["conv", "chunk", "scan"]:
+    """How `diagonal_ssm` is to run: what is not convolved goes through chunks, unless scanned."""
+    if transforms(mode, length, packed):
+        return "conv"
+    return "scan" if mode == "scan" else "chunk"
 
 
 def following(y: Tensor, cu_seqlens: Tensor | None) -> Tensor:
@@ -112,17 +119,16 @@ def both_directions(
         reverse: Reads the present token and later ones, or with a lag of 1 later ones only.
         D: Skip weights, (D,).
         lag: The least distance that the reverse model sees.
-        mode: As in `diagonal_ssm`; packed sequences are always scanned.
+        mode: Of the mixer; packed sequences are never convolved.
         cu_seqlens: Starts of packed sequences, (S + 1,).
     """
     length = x.shape[1]
-    convolved = transforms(mode, length, cu_seqlens is not None)
-    if convolved and length <= ONE_KERNEL_UP_TO:
+    way = path(mode, length, cu_seqlens is not None)
+    if way == "conv" and length <= ONE_KERNEL_UP_TO:
         taps = max(length, 1)
         kernel_back = ssm_kernel(*reverse, taps)
         kernel_back = F.pad(kernel_back[:, : taps - lag], (lag, 0))
         return fft_conv(x, ssm_kernel(*forward, taps), D, kernel_back=kernel_back)
-    way: Mode = "conv" if convolved else "scan"
     y = diagonal_ssm(x, *forward, D, cu_seqlens=cu_seqlens, mode=way)
     back = diagonal_ssm(x, *reverse, reverse=True, cu_seqlens=cu_seqlens, mode=way)
     return y + (following(back, cu_seqlens) if lag else back)
@@ -164,15 +170,12 @@ class DiagonalSSM(Mixer):
         """Outputs from the model's and the rest."""
         raise NotImplementedError
 
-    def _way(self, length: int, packed: bool) -> Mode:
-        return "conv" if transforms(self.mode, length, packed) else "scan"
-
     def _run(
         self, v: Tensor, h: Tensor | None, cu_seqlens: Tensor | None, final: bool
     ) -> tuple[Tensor, Tensor | None]:
         """The model's outputs, and its last state."""
         given = (v, *self._terms(), self._skip())
-        way = self._way(v.shape[1], cu_seqlens is not None)
+        way = path(self.mode, v.shape[1], cu_seqlens is not None)
         if final:
             return diagonal_ssm(
                 *given,

@@ -141,8 +141,8 @@ class S4D(DiagonalSSM):
         disc: "zoh" or "bilinear"; real rates need zoh.
         dt_min: Smallest time step at initialisation.
         dt_max: Largest time step at initialisation.
-        mode: "conv", "scan" or "auto", which convolves from 64 tokens on; packed sequences are
-            always scanned.
+        mode: "conv", "scan" or "auto", which convolves from 64 tokens on and runs
+            shorter sequences in chunks of matrix products; packed ones are never convolved.
         device: Of the parameters.
         dtype: Of the parameters; time steps, rates and D keep at least float32.
 

@@ -85,8 +85,8 @@ class GSS(DiagonalSSM):
         d_ssm: Channels H of the state-space model; by default a quarter of D.
         expand: Inner channels E = expand * d_model.
         norm: Norm the input here too, as the reference does.
-        mode: "conv", "scan" or "auto", which convolves from 64 tokens on; packed sequences are
-            always scanned.
+        mode: "conv", "scan" or "auto", which convolves from 64 tokens on and runs
+            shorter sequences in chunks of matrix products; packed ones are never convolved.
         device: Of the parameters.
         dtype: Of the parameters; rates and param_D keep at least float32.
 

@@ -22,7 +22,7 @@ from ..ops.checks import computing_dtype, without_autocast
 from ..ops.conv import causal_conv1d, causal_conv1d_step
 from ..ops.long_conv import diagonal_ssm, diagonal_ssm_step, fft_conv, ssm_kernel
 from .base import Mixer, State, register_mixer
-from .diagonal import Mode, Terms, bilinear, own_rate, transforms
+from .diagonal import Mode, Terms, bilinear, own_rate, path, transforms
 from .hyena_filter import toeplitz
 from .matrix_state import check_sizes, check_steps
 
@@ -120,8 +120,8 @@ class H3(Mixer):
         head_dim: Channels P of a head: products of all its keys with all its values, P^2 of them.
         dt_min: Smallest time step at initialisation.
         dt_max: Largest time step at initialisation.
-        mode: "conv" transforms, "scan" keeps all states; "auto" decides by length. Packed
-            sequences are scanned.
+        mode: "conv" transforms, "scan" keeps all states; "auto" transforms from 64 tokens on
+            and else takes chunks of matrix products. Packed sequences are never transformed.
         device: Of the parameters.
         dtype: Of the parameters; those of the diagonal model, D and ssm_k_D keep at least float32.
 
@@ -257,7 +257,7 @@ class H3(Mixer):
         self, kv: Tensor, h: Tensor | None, cu_seqlens: Tensor | None, final: bool
     ) -> tuple[Tensor, Tensor | None]:
         given = (kv, *self._model())
-        way: Mode = "conv" if self._transforms(kv, cu_seqlens) else "scan"
+        way = path(self.mode, kv.shape[1], cu_seqlens is not None)
         if not final:
             y = diagonal_ssm(*given, initial_state=h, cu_seqlens=cu_seqlens, mode=way)
             return y, None

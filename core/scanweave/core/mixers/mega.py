@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from ..ops.checks import computing_dtype
 from ..ops.long_conv import diagonal_ssm, diagonal_ssm_step
 from .base import Mixer, State, register_mixer
-from .diagonal import Mode, Terms, both_directions, exporting, transforms
+from .diagonal import Mode, Terms, both_directions, exporting, path
 from .matrix_state import check_sizes, keep_from_decay
 from .retention import places
 
@@ -113,8 +113,8 @@ class Mega(Mixer):
         chunk_size: Tokens Q of a chunk, and so the reach of the bias of positions.
         attention: "softmax", or "laplace", whose weights do not compete.
         norm: Norm what v and the averages read here too, as the reference does.
-        mode: Of the averages: "conv", "scan" or "auto", which convolves from 64 tokens on; packed
-            sequences are always scanned.
+        mode: Of the averages: "conv", "scan" or "auto", which convolves from 64 tokens on and
+            else takes chunks of matrix products; packed sequences are never convolved.
         device: Of the parameters.
         dtype: Of the parameters; delta and alpha keep at least float32.
 
@@ -214,7 +214,7 @@ class Mega(Mixer):
     ) -> tuple[Tensor, Tensor | None]:
         """Averages read out, with omega x, and the last ones."""
         given = (x, *self.move()[0], self.move.omega)
-        way: Mode = "conv" if transforms(self.mode, x.shape[1], cu_seqlens is not None) else "scan"
+        way = path(self.mode, x.shape[1], cu_seqlens is not None)
         if not final:
             return diagonal_ssm(*given, initial_state=h, cu_seqlens=cu_seqlens, mode=way), None
         return diagonal_ssm(
