@@ -229,7 +229,7 @@ class SoftmaxDSS(BidirectionalDSS):
 
     Its kernel depends on how long a sequence is, so it has no state and no causal form: a token's
     output changes when later ones are added. Rates may grow: what grows is counted from the end of
-    a sequence.
+    a sequence. What is not convolved is scanned and keeps the states of all steps.
     """
 
     decaying = False
