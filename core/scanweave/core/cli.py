@@ -149,11 +149,12 @@ def _info() -> int:
         else:
             print(f"  {domain:<10}ready")
     print("\nmixers")
+    width = max(map(len, list_mixers())) + 2
     for name in list_mixers():
         info = mixer_info(name)
         kind = f"{'causal' if info.causal else 'both ways'}, "
         kind += "recurrent" if info.recurrent else "no state"
-        print(f"  {name:<26}{kind:<22}{info.paper}")
+        print(f"  {name:<{width}}{kind:<22}{info.paper}")
     return 0
 
 
