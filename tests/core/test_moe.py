@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from scanweave.core.stack import MLP, GatedMLP, MoE
+from scanweave.core.stack import MLP, GatedMLP, MoE, scale_balance
 from scanweave.core.stack.moe import sinkhorn
 
 Check = Callable[..., None]
@@ -123,6 +123,37 @@ def test_balance_adds_its_gradient_only(assert_near: Check):
     assert_near(with_it, without + 0.3 * alone)
     (frozen,) = torch.autograd.grad(moe.eval()(x), moe.router.weight, g)
     assert_near(frozen, without)
+
+
+def test_balance_is_scaled_as_the_loss(assert_near: Check):
+    """As a quarter of the loss, one of four micro-batches, and as a scaled one."""
+    x = torch.randn(30, 6, dtype=torch.float64)
+    moe = build(top_k=2, balance=0.3)
+    g = torch.randn(30, 6, dtype=torch.float64)
+    (whole,) = torch.autograd.grad(moe(x), moe.router.weight, g)
+    scale_balance(nn.Sequential(moe), 0.25)
+    y = moe(x)
+    # the next micro-batch is scaled otherwise
+    scale_balance(moe, 1024)
+    (quarter,) = torch.autograd.grad(y, moe.router.weight, 0.25 * g)
+    assert_near(4 * quarter, whole)
+    (large,) = torch.autograd.grad(moe(x), moe.router.weight, 1024 * g)
+    assert_near(large / 1024, whole)
+    assert "loss_scale" not in moe.state_dict()
+    moe.reset_parameters()
+    assert moe.loss_scale == 1
+
+
+def test_compiled_balance_is_scaled(assert_near: Check):
+    moe = build(top_k=2, balance=0.3, capacity=8.0)
+    x = torch.randn(30, 6, dtype=torch.float64)
+    (whole,) = torch.autograd.grad(moe(x).sum(), moe.router.weight)
+    torch._dynamo.reset()
+    compiled = torch.compile(moe, backend="aot_eager", fullgraph=True)
+    for scale in (1, 8, 0.5):
+        scale_balance(compiled, scale)
+        (found,) = torch.autograd.grad(scale * compiled(x).sum(), moe.router.weight)
+        assert_near(found, scale * whole)
 
 
 def test_balancing_loss_is_one_where_all_are_used_alike():

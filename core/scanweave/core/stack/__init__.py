@@ -8,7 +8,7 @@ A stack is a mixer ("stack", "stack_bidirectional"), and so are the wrappers it 
 """
 
 from .feed_forward import MLP, GatedMLP
-from .moe import MoE
+from .moe import MoE, scale_balance
 from .pattern import Part, format_pattern, parse_pattern
 from .presets import LETTERS, PRESETS, Preset
 from .shared import SharedTransformer
@@ -31,4 +31,5 @@ __all__ = [
     "create_stack",
     "format_pattern",
     "parse_pattern",
+    "scale_balance",
 ]

@@ -11,8 +11,10 @@ training, that of
 
     balance * E sum_e f[e] mean(p[e])                  f: share of the choices that fell on e
 
-without adding to the loss that one sees. All tokens are routed (dropless), unless in training a
-capacity says how many times its even share an expert takes; later tokens beyond it are passed by.
+without adding to the loss that one sees. What that loss is multiplied by before its backward (a
+gradient scaler's scale, one over a step's micro-batches) `scale_balance` tells, as `core.training`
+does by itself. All tokens are routed (dropless), unless in training a capacity says how many times
+its even share an expert takes; later tokens beyond it are passed by.
 
 Letters: T tokens, D model channels, F hidden channels, E experts, k choices a token.
 
@@ -38,16 +40,32 @@ SHARPNESS, ROUNDS = 2.0, 8
 
 
 class _AddGradient(torch.autograd.Function):
-    """y as it is; its backward also gives `loss` the gradient 1."""
+    """y as it is; its backward also gives `loss` the gradient `scale`."""
 
     @staticmethod
-    def forward(ctx, y, loss):
+    def forward(ctx, y, loss, scale):
+        ctx.save_for_backward(scale)
         return y.view_as(y)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):  # pyright: ignore[reportIncompatibleMethodOverride]
-        return dy, torch.ones((), device=dy.device)
+        return dy, ctx.saved_tensors[0], None
+
+
+def scale_balance(model: nn.Module, scale: float) -> None:
+    """Say what the loss is multiplied by before its backward, for the balancing gradients.
+
+    It holds for forwards from now on, until it is said anew.
+
+    Args:
+        model: Whose mixtures of experts are told; any module.
+        scale: For instance 1 / 4 where a step adds up four micro-batches' gradients; times
+            `GradScaler.get_scale()` with a scaler.
+    """
+    for part in model.modules():
+        if isinstance(part, MoE):
+            part.loss_scale.fill_(scale)
 
 
 def sinkhorn(logits: Tensor, rounds: int = ROUNDS) -> Tensor:
@@ -81,7 +99,7 @@ class MoE(nn.Module):
         capacity: In training, tokens an expert takes at most, in units of k T / E, padding being
             counted in T; None is all.
         router_bias: Let the router's map have a bias.
-        balance: Factor of the balancing gradient in training. A gradient scaler does not scale it.
+        balance: Factor of the balancing gradient in training, which `scale_balance` multiplies.
         expand: Hidden channels F = expand * d_model of an expert.
         activation: Of the experts, a name in `ACTIVATIONS`.
         gated: Experts are gated, as `GatedMLP`, or not, as `MLP`, both without bias.
@@ -131,10 +149,15 @@ class MoE(nn.Module):
         width = 2 * hidden if gated else hidden
         self.up = nn.Parameter(torch.empty(num_experts, width, d_model, **dd))
         self.down = nn.Parameter(torch.empty(num_experts, d_model, hidden, **dd))
+        self.loss_scale: Tensor
+        scale = torch.ones((), device=device)
+        # a tensor, as compiled graphs would fix a number
+        self.register_buffer("loss_scale", scale, persistent=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draw every parameter anew, each expert as `nn.Linear` would."""
+        self.loss_scale.fill_(1)
         self.router.reset_parameters()
         for weight in (self.up, self.down):
             bound = weight.shape[-1] ** -0.5
@@ -196,7 +219,9 @@ class MoE(nn.Module):
         else:
             y = self._sorted(rows, chosen, weight)
         if self.training and self.balance and self.kind != "sinkhorn" and loss.requires_grad:
-            y = _AddGradient.apply(y, (self.balance * loss).float())
+            # a copy: the next micro-batch may be scaled before this one's backward
+            scale = self.loss_scale.to(torch.float32, copy=True)
+            y = _AddGradient.apply(y, (self.balance * loss).float(), scale)
         return y.reshape(x.shape)
 
     def _expert(self, x: Tensor, up: Tensor, down: Tensor) -> Tensor:

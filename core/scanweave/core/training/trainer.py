@@ -26,12 +26,14 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.utils.data import DataLoader
 
+from ..stack import MoE, scale_balance
 from .batches import ResumableLoader
 from .checkpoint import claim_run, find_checkpoint, link_checkpoint, prune_checkpoints
 from .config import TrainConfig
 from .interrupt import StopSignals
-from .log import COLUMNS, Row, RunLog
+from .log import Row, RunLog
 from .params import param_groups
+from .returned import checked_metrics, split_loss
 from .runtime import isolated_random_state, leave_group_at_exit
 from .schedule import schedule_factor
 from .state import RunState
@@ -147,6 +149,7 @@ class Trainer:
             model.compile(mode=config.compile)
         self._model, self._optimizer = model, optimizer
         self._loss, self._evaluate_with = loss, evaluate
+        self._has_experts = any(isinstance(part, MoE) for part in model.modules())
         # a GPU would have to be waited for
         self._look_each_step = self.accelerator.device.type == "cpu"
 
@@ -261,12 +264,15 @@ class Trainer:
         )
         for options in optimizer.param_groups:
             options["lr"] = options["initial_lr"] * factor
+        if self._has_experts:
+            scale = accelerator.scaler.get_scale() if accelerator.scaler is not None else 1.0
+            scale_balance(model, scale / len(group))
         total = torch.zeros((), device=device)
         for number, (batch, samples) in enumerate(group, 1):
             batch = send_to_device(batch, device, non_blocking=device.type == "cuda")
             last = number == len(group)
             with nullcontext() if last else accelerator.no_sync(model):
-                loss, metrics = _split_loss(self._loss(model, batch))
+                loss, metrics = split_loss(self._loss(model, batch))
                 accelerator.backward(loss / len(group))
             total += loss.detach()
             state.means.add({"loss": loss, **metrics}, device)
@@ -341,7 +347,7 @@ class Trainer:
             model = state.model if sharded else accelerator.unwrap_model(state.model)
             model.eval()
             with torch.no_grad(), isolated_random_state():
-                metrics = _checked_metrics(evaluate(model))
+                metrics = checked_metrics(evaluate(model))
             model.train()
             progress = state.progress
             progress.metrics = metrics
@@ -404,22 +410,3 @@ class Trainer:
             always=True,
         )
         raise SystemExit(128 + number)
-
-
-def _split_loss(result: Any) -> tuple[Tensor, Mapping[str, Tensor | float]]:
-    loss, metrics = result if isinstance(result, tuple) and len(result) == 2 else (result, {})
-    if not isinstance(loss, Tensor) or loss.numel() != 1 or not isinstance(metrics, Mapping):
-        got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-        raise ValueError(f"loss must return a scalar tensor, or one and a dict, got {got}")
-    if taken := sorted(set(metrics) & set(COLUMNS)):
-        raise ValueError(f"loss must not name a metric {', '.join(taken)}: the log uses it")
-    return loss.reshape(()), metrics
-
-
-def _checked_metrics(metrics: Any) -> dict[str, float]:
-    if not isinstance(metrics, Mapping) or not metrics:
-        raise ValueError(f"evaluate must return a dict of numbers, got {metrics!r}")
-    try:
-        return {str(name): float(value) for name, value in metrics.items()}
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"evaluate must return a dict of numbers, got {metrics!r}") from error
