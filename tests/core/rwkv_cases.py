@@ -13,17 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tests.core.wave_cases import waves
 from torch import Tensor
 
 STORED: dict[str, dict[str, Any]] = json.loads(
     (Path(__file__).parent / "data" / "rwkv.json").read_text()
 )
-
-
-def waves(*shape: int, speed: float) -> Tensor:
-    """sin(speed), sin(2 speed), ... in one shape."""
-    count = torch.Size(shape).numel()
-    return torch.sin(speed * torch.arange(1, count + 1, dtype=torch.float64)).reshape(shape)
 
 
 def wave_weights(shapes: dict[str, torch.Size]) -> dict[str, Tensor]:

@@ -4,9 +4,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from tests.core.wave_cases import check_stored, fill_with_waves, results
 from torch import Tensor
 
 from scanweave.core import Mixer, create_mixer
@@ -22,12 +22,6 @@ OPTIONS: list[dict[str, Any]] = [
     {"num_heads": 4, "feature_dim": 1, "eps": 0.1},
     {"num_heads": 2, "feature_dim": 5},
 ]
-
-
-def waves(*shape: int, speed: float) -> Tensor:
-    """sin(speed), sin(2 speed), ... in one shape."""
-    count = torch.Size(shape).numel()
-    return torch.sin(speed * torch.arange(1, count + 1, dtype=torch.float64)).reshape(shape)
 
 
 def by_definition(mixer: Mixer, x: Tensor, options: dict[str, Any]) -> Tensor:
@@ -48,20 +42,7 @@ def by_definition(mixer: Mixer, x: Tensor, options: dict[str, Any]) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=lambda d: str(d)[6:])
 def test_equals_the_published_code(assert_near: Check, dtype: torch.dtype):
     mixer = create_mixer("based", 8, num_heads=2, feature_dim=3, dtype=dtype)
-    shapes = {name: p.shape for name, p in sorted(mixer.named_parameters())}
-    weights = {name: waves(*s, speed=i + 1.5) for i, (name, s) in enumerate(shapes.items())}
-    mixer.load_state_dict(weights, strict=True)
-    x = waves(2, 6, 8, speed=0.7).to(dtype).requires_grad_()
-    y = mixer(x)
-    y.backward(waves(2, 6, 8, speed=1.1).to(dtype))
-    actual = {"output": y, "gradient of x": x.grad}
-    actual |= {f"gradient of {name}": p.grad for name, p in mixer.named_parameters()}
-    with np.load(STORED) as stored:
-        expected = {k: torch.from_numpy(stored[k]) for k in stored.files}
-    assert actual.keys() == expected.keys()
-    for name, value in actual.items():
-        gradient = name.startswith("gradient")
-        assert_near(value, expected[name], gradient=gradient, name=name)
+    check_stored(assert_near, results(fill_with_waves(mixer)), STORED)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)

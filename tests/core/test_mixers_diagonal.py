@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from tests.core.op_cases import pack
+from tests.core.wave_cases import waves
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -29,12 +30,6 @@ Check = Callable[..., None]
 DATA = json.loads((Path(__file__).parent / "data" / "mixers_diagonal.json").read_text())
 FLOATS = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=lambda d: str(d)[6:])
 NAMES = ["s4d", "s4d_bidirectional", "dss", "dss_bidirectional", "dss_softmax"]
-
-
-def waves(*shape: int, speed: float) -> Tensor:
-    """sin(speed), sin(2 speed), ... in one shape."""
-    count = torch.Size(shape).numel()
-    return torch.sin(speed * torch.arange(1, count + 1, dtype=torch.float64)).reshape(shape)
 
 
 def stored(values: Any) -> Tensor:

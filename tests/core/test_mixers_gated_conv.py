@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
+from tests.core.wave_cases import waves
 
 from scanweave.core import create_mixer
 
@@ -42,12 +42,6 @@ SHAPES = {
     "conv.conv.weight": (3, 1, 3),
     "conv.conv.bias": (3,),
 }
-
-
-def waves(*shape: int, speed: float) -> Tensor:
-    """sin(speed), sin(2 speed), ... in one shape."""
-    count = torch.Size(shape).numel()
-    return torch.sin(speed * torch.arange(1, count + 1, dtype=torch.float64)).reshape(shape)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=lambda d: str(d)[6:])

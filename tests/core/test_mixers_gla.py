@@ -4,10 +4,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.core.wave_cases import check_stored, fill_with_waves, results
 from torch import Tensor
 
 from scanweave.core import Mixer, create_mixer
@@ -22,12 +22,6 @@ OPTIONS: list[dict[str, Any]] = [
     {"num_heads": 1, "expand_k": 1, "expand_v": 0.5, "eps": 0.1},
     {"num_heads": 4, "expand_v": 2, "gate_logit_normalizer": 0.5, "gate_low_rank_dim": 2},
 ]
-
-
-def waves(*shape: int, speed: float) -> Tensor:
-    """sin(speed), sin(2 speed), ... in one shape."""
-    count = torch.Size(shape).numel()
-    return torch.sin(speed * torch.arange(1, count + 1, dtype=torch.float64)).reshape(shape)
 
 
 def drawn(name: str, options: dict[str, Any]) -> Mixer:
@@ -75,20 +69,7 @@ def recurrence(mixer: Mixer, x: Tensor, options: dict[str, Any]) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=lambda d: str(d)[6:])
 def test_equals_flash_linear_attention(assert_near: Check, dtype: torch.dtype):
     mixer = create_mixer("gla", 8, num_heads=2, gate_low_rank_dim=3, dtype=dtype)
-    shapes = {name: p.shape for name, p in sorted(mixer.named_parameters())}
-    weights = {name: waves(*s, speed=i + 1.5) for i, (name, s) in enumerate(shapes.items())}
-    mixer.load_state_dict(weights, strict=True)
-    x = waves(2, 6, 8, speed=0.7).to(dtype).requires_grad_()
-    y = mixer(x)
-    y.backward(waves(2, 6, 8, speed=1.1).to(dtype))
-    actual = {"output": y, "gradient of x": x.grad}
-    actual |= {f"gradient of {name}": p.grad for name, p in mixer.named_parameters()}
-    with np.load(STORED) as stored:
-        expected = {k: torch.from_numpy(stored[k]) for k in stored.files}
-    assert actual.keys() == expected.keys()
-    for name, value in actual.items():
-        gradient = name.startswith("gradient")
-        assert_near(value, expected[name], gradient=gradient, name=name)
+    check_stored(assert_near, results(fill_with_waves(mixer)), STORED)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)

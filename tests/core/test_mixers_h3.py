@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from tests.core.op_cases import pack
+from tests.core.wave_cases import waves
 from torch import Tensor
 
 from scanweave.core import create_mixer
@@ -22,12 +23,6 @@ Check = Callable[..., None]
 # some values that it draws itself
 PUBLISHED = json.loads((Path(__file__).parent / "data" / "h3.json").read_text())
 CASES = pytest.mark.parametrize("case", PUBLISHED.values(), ids=PUBLISHED.keys())
-
-
-def waves(*shape: int, speed: float) -> Tensor:
-    """sin(speed), sin(2 speed), ... in one shape."""
-    count = torch.Size(shape).numel()
-    return torch.sin(speed * torch.arange(1, count + 1, dtype=torch.float64)).reshape(shape)
 
 
 def official(case: dict[str, Any]) -> dict[str, Tensor]:

@@ -4,10 +4,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.core.wave_cases import check_stored, fill_with_waves, results
 from torch import Tensor
 
 from scanweave.core import Mixer, create_mixer
@@ -23,12 +23,6 @@ OPTIONS: list[dict[str, Any]] = [
     {"num_heads": 1, "expand_ratio": 3, "lower_bound": 0.5, "eps": 0.1},
     {"num_heads": 4, "expand_ratio": 6, "lower_bound": 0.01},
 ]
-
-
-def waves(*shape: int, speed: float) -> Tensor:
-    """sin(speed), sin(2 speed), ... in one shape."""
-    count = torch.Size(shape).numel()
-    return torch.sin(speed * torch.arange(1, count + 1, dtype=torch.float64)).reshape(shape)
 
 
 def recurrence(mixer: Mixer, x: Tensor, options: dict[str, Any]) -> Tensor:
@@ -57,20 +51,7 @@ def recurrence(mixer: Mixer, x: Tensor, options: dict[str, Any]) -> Tensor:
 @pytest.mark.parametrize("layer", BOUNDS)
 def test_equals_flash_linear_attention(assert_near: Check, layer: str, dtype: torch.dtype):
     mixer = create_mixer("hgrn2", 8, num_heads=2, lower_bound=BOUNDS[layer], dtype=dtype)
-    shapes = {name: p.shape for name, p in sorted(mixer.named_parameters())}
-    weights = {name: waves(*s, speed=i + 1.5) for i, (name, s) in enumerate(shapes.items())}
-    mixer.load_state_dict(weights, strict=True)
-    x = waves(2, 6, 8, speed=0.7).to(dtype).requires_grad_()
-    y = mixer(x)
-    y.backward(waves(2, 6, 8, speed=1.1).to(dtype))
-    actual = {"output": y, "gradient of x": x.grad}
-    actual |= {f"gradient of {name}": p.grad for name, p in mixer.named_parameters()}
-    with np.load(STORED) as stored:
-        expected = {k: torch.from_numpy(stored[k]) for k in stored.files if k.startswith(layer)}
-    assert {f"{layer} {name}" for name in actual} == expected.keys()
-    for name, value in actual.items():
-        gradient = name.startswith("gradient")
-        assert_near(value, expected[f"{layer} {name}"], gradient=gradient, name=name)
+    check_stored(assert_near, results(fill_with_waves(mixer)), STORED, layer)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)

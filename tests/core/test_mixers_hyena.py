@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from tests.core.op_cases import pack
+from tests.core.wave_cases import waves
 from torch import Tensor
 
 from scanweave.core import create_mixer
@@ -20,12 +21,6 @@ Check = Callable[..., None]
 # the positional code, which is its own): kernel, output, gradients (the first 12 of a parameter)
 PUBLISHED = json.loads((Path(__file__).parent / "data" / "hyena.json").read_text())
 CASES = pytest.mark.parametrize("case", PUBLISHED.values(), ids=PUBLISHED.keys())
-
-
-def waves(*shape: int, speed: float) -> Tensor:
-    """sin(speed), sin(2 speed), ... in one shape."""
-    count = torch.Size(shape).numel()
-    return torch.sin(speed * torch.arange(1, count + 1, dtype=torch.float64)).reshape(shape)
 
 
 def build(case: dict[str, Any], dtype: torch.dtype = torch.float64) -> Hyena:

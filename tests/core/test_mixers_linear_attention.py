@@ -5,10 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.core.wave_cases import check_stored, fill_with_waves, results
 from torch import Tensor
 
 from scanweave.core import Mixer, create_mixer
@@ -31,12 +31,6 @@ OPTIONS: list[dict[str, Any]] = [
     {"num_heads": 2, "feature_map": "relu", "norm": "rms", "bias": False},
     {"num_heads": 2, "feature_map": "identity", "norm": "rms", "eps": 1e-3},
 ]
-
-
-def waves(*shape: int, speed: float) -> Tensor:
-    """sin(speed), sin(2 speed), ... in one shape."""
-    count = torch.Size(shape).numel()
-    return torch.sin(speed * torch.arange(1, count + 1, dtype=torch.float64)).reshape(shape)
 
 
 def by_definition(mixer: Mixer, x: Tensor, options: dict[str, Any]) -> Tensor:
@@ -67,20 +61,7 @@ def by_definition(mixer: Mixer, x: Tensor, options: dict[str, Any]) -> Tensor:
 @pytest.mark.parametrize("kind", NAMES)
 def test_equals_fast_transformers(assert_near: Check, kind: str, dtype: torch.dtype):
     mixer = create_mixer(NAMES[kind], 8, num_heads=2, dtype=dtype)
-    shapes = {name: p.shape for name, p in sorted(mixer.named_parameters())}
-    weights = {name: waves(*s, speed=i + 1.5) for i, (name, s) in enumerate(shapes.items())}
-    mixer.load_state_dict(weights, strict=True)
-    x = waves(2, 6, 8, speed=0.7).to(dtype).requires_grad_()
-    y = mixer(x)
-    y.backward(waves(2, 6, 8, speed=1.1).to(dtype))
-    actual = {"output": y, "gradient of x": x.grad}
-    actual |= {f"gradient of {name}": p.grad for name, p in mixer.named_parameters()}
-    with np.load(STORED) as stored:
-        expected = {k: torch.from_numpy(stored[k]) for k in stored.files if k.startswith(kind)}
-    assert {f"{kind} {name}" for name in actual} == expected.keys()
-    for name, value in actual.items():
-        gradient = name.startswith("gradient")
-        assert_near(value, expected[f"{kind} {name}"], gradient=gradient, name=name)
+    check_stored(assert_near, results(fill_with_waves(mixer)), STORED, kind)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)

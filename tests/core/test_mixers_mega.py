@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from tests.core.op_cases import pack
+from tests.core.wave_cases import waves
 from torch import Tensor
 
 from scanweave.core import Mixer, create_mixer
@@ -25,12 +26,6 @@ from scanweave.core.training import param_groups
 Check = Callable[..., None]
 DATA = json.loads((Path(__file__).parent / "data" / "mixers_mega.json").read_text())
 CASES = [tuple(key.split("-")) for key in DATA]
-
-
-def waves(*shape: int, speed: float) -> Tensor:
-    """sin(speed), sin(2 speed), ... in one shape."""
-    count = torch.Size(shape).numel()
-    return torch.sin(speed * torch.arange(1, count + 1, dtype=torch.float64)).reshape(shape)
 
 
 def stored(values: Any) -> Tensor:

@@ -4,10 +4,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from tests.core.wave_cases import check_stored, fill_with_waves, results, waves
 
 from scanweave.core import Mixer, create_mixer
 
@@ -18,37 +17,18 @@ Check = Callable[..., None]
 STORED = Path(__file__).parent / "data" / "phi_mamba.npz"
 
 
-def waves(*shape: int, speed: float) -> Tensor:
-    """sin(speed), sin(2 speed), ... in one shape."""
-    count = torch.Size(shape).numel()
-    return torch.sin(speed * torch.arange(1, count + 1, dtype=torch.float64)).reshape(shape)
-
-
 def with_waves(ngroups: int, dtype: torch.dtype) -> Mixer:
     mixer = create_mixer(
         "phi_mamba", 8, d_state=3, headdim=2, ngroups=ngroups, d_conv=3, dtype=dtype
     )
-    shapes = {name: p.shape for name, p in sorted(mixer.named_parameters())}
-    weights = {name: waves(*s, speed=i + 1.5) for i, (name, s) in enumerate(shapes.items())}
-    mixer.load_state_dict(weights, strict=True)
-    return mixer
+    return fill_with_waves(mixer)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=lambda d: str(d)[6:])
 def test_equals_the_published_code(assert_near: Check, dtype: torch.dtype):
-    mixer = with_waves(2, dtype)
-    x = waves(2, 6, 8, speed=0.7).to(dtype).requires_grad_()
-    y = mixer(x)
-    y.backward(waves(2, 6, 8, speed=1.1).to(dtype))
-    actual = {"output": y, "gradient of x": x.grad}
-    actual |= {f"gradient of {name}": p.grad for name, p in mixer.named_parameters()}
-    actual["matrix"] = with_waves(4, dtype).matrix(x)
-    with np.load(STORED) as stored:
-        expected = {k: torch.from_numpy(stored[k]) for k in stored.files}
-    assert actual.keys() == expected.keys()
-    for name, value in actual.items():
-        gradient = name.startswith("gradient")
-        assert_near(value, expected[name], gradient=gradient, name=name)
+    actual = results(with_waves(2, dtype))
+    actual["matrix"] = with_waves(4, dtype).matrix(waves(2, 6, 8, speed=0.7).to(dtype))
+    check_stored(assert_near, actual, STORED)
 
 
 def test_student_is_its_teachers_linear_attention(assert_near: Check):

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.core.wave_cases import waves
 from torch import Tensor
 
 from scanweave.core import Mixer, create_mixer
@@ -50,12 +51,6 @@ SIZES: list[dict[str, Any]] = [
     {"num_heads": 4, "expand": 1},
     {"num_heads": 2, "expand": 1.5, "eps": 0.1},
 ]
-
-
-def waves(*shape: int, speed: float) -> Tensor:
-    """sin(speed), sin(2 speed), ... in one shape."""
-    count = torch.Size(shape).numel()
-    return torch.sin(speed * torch.arange(1, count + 1, dtype=torch.float64)).reshape(shape)
 
 
 def recurrence(mixer: Mixer, x: Tensor, heads: int, eps: float = 1e-6) -> Tensor:

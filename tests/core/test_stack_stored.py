@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.core.wave_cases import waves
 from torch import Tensor
 
 from scanweave.core import Mixer, create_stack
@@ -54,12 +55,6 @@ STACKS: dict[str, dict[str, Any]] = {
         },
     },
 }
-
-
-def waves(*shape: int, speed: float) -> Tensor:
-    """sin(speed), sin(2 speed), ... in one shape."""
-    count = torch.Size(shape).numel()
-    return torch.sin(speed * torch.arange(1, count + 1, dtype=torch.float64)).reshape(shape)
 
 
 def with_waves(name: str, dtype: torch.dtype) -> Mixer:

@@ -221,3 +221,26 @@ class DiagonalSSM(Mixer):
         kernels = [ssm_kernel(log_a, B, C, x.shape[1]) for C in ways]
         matrix = toeplitz(kernels[0], None if self.causal else kernels[1], self._skip())
         return matrix.expand(x.shape[0], -1, -1, -1)
+
+
+class BothDirections(DiagonalSSM):
+    """The model over the whole sequence, a read-out a direction; not causal, no state.
+
+    Stands before a causal mixer among the bases of one for both directions.
+    """
+
+    causal = False
+    recurrent = False
+    directions = 2
+
+    def state_spec(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Raise: there is no state."""
+        return Mixer.state_spec(self)
+
+    def _run(
+        self, v: Tensor, h: Tensor | None, cu_seqlens: Tensor | None, final: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        log_a, B, C = self._terms()
+        ways = Terms(log_a, B, C[0]), Terms(log_a, B, C[1])
+        y = both_directions(v, *ways, self._skip(), lag=1, mode=self.mode, cu_seqlens=cu_seqlens)
+        return y, None

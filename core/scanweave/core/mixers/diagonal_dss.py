@@ -27,12 +27,12 @@ from torch import Tensor, nn
 from ..ops.checks import computing_dtype
 from ..ops.linear import linear_scan
 from ..ops.long_conv import fft_conv
-from .base import Mixer, register_mixer
+from .base import register_mixer
 from .diagonal import (
+    BothDirections,
     DiagonalSSM,
     Mode,
     Terms,
-    both_directions,
     expm1,
     following,
     own_rate,
@@ -197,24 +197,8 @@ class DSS(DiagonalSSM):
     reference="ag1988 DSS, version='exp', transposed=False, bidirectional=True",
     parity="1e-7 (float32), 1e-13 (float64)",
 )
-class BidirectionalDSS(DSS):
+class BidirectionalDSS(BothDirections, DSS):
     """DSS over the whole sequence, weights a direction; not causal; arguments as `DSS`."""
-
-    causal = False
-    recurrent = False
-    directions = 2
-
-    def state_spec(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Raise: there is no state."""
-        return Mixer.state_spec(self)
-
-    def _run(
-        self, v: Tensor, h: Tensor | None, cu_seqlens: Tensor | None, final: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        log_a, B, C = self._terms()
-        ways = Terms(log_a, B, C[0]), Terms(log_a, B, C[1])
-        y = both_directions(v, *ways, self._skip(), lag=1, mode=self.mode, cu_seqlens=cu_seqlens)
-        return y, None
 
 
 @register_mixer(

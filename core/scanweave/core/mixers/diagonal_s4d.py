@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.checks import computing_dtype
-from .base import Mixer, register_mixer
-from .diagonal import DiagonalSSM, Mode, Terms, bilinear, both_directions, own_rate, zero_order_hold
+from .base import register_mixer
+from .diagonal import BothDirections, DiagonalSSM, Mode, Terms, bilinear, own_rate, zero_order_hold
 from .hippo import nplr
 from .matrix_state import check_sizes, check_steps
 
@@ -223,21 +223,5 @@ class S4D(DiagonalSSM):
     paper="Gu et al. 2022, arXiv 2206.11893",
     parity="3e-7 (float32), 6e-13 (float64)",
 )
-class BidirectionalS4D(S4D):
+class BidirectionalS4D(BothDirections, S4D):
     """S4D over the whole sequence, a read-out a direction; not causal; arguments as `S4D`."""
-
-    causal = False
-    recurrent = False
-    directions = 2
-
-    def state_spec(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Raise: there is no state."""
-        return Mixer.state_spec(self)
-
-    def _run(
-        self, v: Tensor, h: Tensor | None, cu_seqlens: Tensor | None, final: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        log_a, B, C = self._terms()
-        ways = Terms(log_a, B, C[0]), Terms(log_a, B, C[1])
-        y = both_directions(v, *ways, self._skip(), lag=1, mode=self.mode, cu_seqlens=cu_seqlens)
-        return y, None
