@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from scanweave.core.training import TrainConfig
+from scanweave.core.training import TrainConfig, parse_pairs
 
 from .data import DataConfig
 
@@ -78,9 +78,7 @@ class Config(DataConfig):
         for name in ("mixup", "cutmix", "lr_batch", "warmup_epochs"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
-        for pair in self.model_args:
-            if not pair.partition("=")[0].isidentifier() or "=" not in pair:
-                raise ValueError(f"model_args must be name=value, got {pair!r}")
+        parse_pairs(self.model_args, "model_args", last_wins=True)
         if self.mixed and self.train.batch_size % 2:
             raise ValueError(
                 f"batch_size must be even with mixup or cutmix, got {self.train.batch_size}"

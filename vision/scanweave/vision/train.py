@@ -21,7 +21,6 @@ that holds another one: `--train.overwrite`, or another `--train.output-dir`.
 # timm exports its names without saying so to type checkers
 # pyright: reportPrivateImportUsage=false
 
-import ast
 import copy
 import json
 import os
@@ -48,6 +47,7 @@ from scanweave.core.training import (
     TrainResult,
     load_checkpoint,
     param_groups,
+    parse_pairs,
     plot_history,
     script_settings,
     seed_everything,
@@ -70,14 +70,8 @@ _FREE = ("data_dir", "download", "eval_batch_size", "recipe", "init_checkpoint")
 
 
 def _model_args(config: Config) -> dict[str, Any]:
-    """`model_args` as Python values; what is none is text."""
-    values: dict[str, Any] = {}
-    for pair in config.model_args:
-        name, _, text = pair.partition("=")
-        try:
-            values[name] = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            values[name] = text
+    """`model_args`, and arguments that have settings of their own."""
+    values = parse_pairs(config.model_args, "model_args", last_wins=True)
     if config.drop_path:
         values["drop_path_rate"] = config.drop_path
     if config.img_size:
