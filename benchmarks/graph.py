@@ -224,7 +224,7 @@ def kernel_time(call: Callable[[], object]) -> float:
         RuntimeError: the profiler saw no kernel.
     """
     torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:
         for _ in range(_PROFILED):
             call()
         torch.cuda.synchronize()

@@ -168,7 +168,7 @@ def _launching(kernel: Kernel, variant: ModuleType) -> Iterator[None]:
 def _kernel_us(kernel: Kernel, call: Call) -> float:
     call()
     torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as record:
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as record:
         for _ in range(_REPEATS):
             call()
         torch.cuda.synchronize()

@@ -157,7 +157,8 @@ def kernel_time(call: Call, device: torch.device, about: float) -> float:
     gpu = _Gpu(device)
     calls = _PROFILED if about < _SLOW else _PROFILED_SLOW
     torch.cuda.synchronize(device)
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+    activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
+    with profile(activities=activities, acc_events=True) as profiler:
         for _ in range(calls):
             gpu.overwrite()
             call()

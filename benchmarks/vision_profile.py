@@ -100,7 +100,8 @@ def profile_call(
     if device.type != "cuda":
         return []
     torch.cuda.synchronize(device)
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+    activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
+    with profile(activities=activities, acc_events=True) as profiler:
         for _ in range(_CALLS):
             call()
         torch.cuda.synchronize(device)

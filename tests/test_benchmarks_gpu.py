@@ -45,7 +45,7 @@ def test_a_profiler_that_sees_nothing_is_noticed(monkeypatch: pytest.MonkeyPatch
         def __exit__(self, *_: object) -> None:
             pass
 
-    monkeypatch.setattr(timing, "profile", lambda activities: Profiler())
+    monkeypatch.setattr(timing, "profile", lambda **_: Profiler())
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     with pytest.raises(RuntimeError, match="the profiler saw 0 kernels in 0 calls"):
         kernel_time(lambda: None, CPU, about=1e6)

@@ -197,12 +197,18 @@ def assert_all_near(
     expected: dict[str, Tensor],
     *,
     factor: float = 1.0,
+    dtype: torch.dtype | None = None,
 ) -> None:
-    """Every value within the table's row of its own dtype: float32 results of 16-bit inputs too."""
+    """Every value within the table's row of `dtype`.
+
+    By default of its own, so float32 results of 16-bit inputs too. Tensor cores multiply what is
+    rounded to 16 bits: there `dtype` is that of the operands.
+    """
     assert actual.keys() == expected.keys()
     for name, v in actual.items():
         gradient = name.startswith("gradient")
-        assert_near(v, expected[name], gradient=gradient, name=name, factor=factor)
+        near = {"dtype": dtype, "gradient": gradient, "name": name, "factor": factor}
+        assert_near(v, expected[name], **near)
 
 
 def compare(
@@ -212,15 +218,19 @@ def compare(
     inputs: Inputs,
     *,
     factor: float = 1.0,
+    near_as: torch.dtype | None = None,
     **options: Any,
 ) -> dict[str, Tensor]:
-    """Every output and gradient of `op` against `reference` in float64 on the same inputs."""
+    """Every output and gradient of `op` against `reference` in float64 on the same inputs.
+
+    `near_as` is the dtype of `assert_all_near`.
+    """
     actual = evaluate(op, inputs, **options)
     dtypes = [v.dtype for name, v in actual.items() if name.startswith("output")]
     exact = evaluate(reference, each(inputs, Tensor.double), rounded_to=dtypes, **options)
     for name, v in flat(inputs).items():
         assert actual[f"gradient of {name}"].dtype == v.dtype, name
-    assert_all_near(assert_near, actual, exact, factor=factor)
+    assert_all_near(assert_near, actual, exact, factor=factor, dtype=near_as)
     return actual
 
 

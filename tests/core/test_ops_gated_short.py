@@ -96,9 +96,10 @@ def test_single_steep_decays(assert_near: Check, drawn: dict[str, Any], steep: f
     for g in pair:
         g[:, 3::9] = steep
     inputs["g"] = tuple(g.requires_grad_() for g in pair)
-    compare(
-        assert_near, bidirectional_gated_linear_scan, bidirectional_gated_ref, inputs, form=form
-    )
+    op, ref = bidirectional_gated_linear_scan, bidirectional_gated_ref
+    # decays between tokens are differences of sums; a steep step makes those 160, so that they
+    # are rounded to 1e-5
+    compare(assert_near, op, ref, inputs, form=form, factor=2)
 
 
 @pytest.mark.parametrize("reverse", [False, True])

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from tests.core.gated_cases import bidirectional_gated_ref, gated_inputs, gated_pairs, pieces
-from tests.core.op_cases import LAYOUTS, assert_equal, compare, each, evaluate, pack
+from tests.core.op_cases import LAYOUTS, assert_all_near, compare, each, evaluate, pack
 
 from scanweave.core import bidirectional_gated_linear_scan, gated_linear_scan
 from scanweave.core.ops.gated import gated_linear_scan_ref, kernels, portable
@@ -176,10 +176,12 @@ def test_wide_heads_and_states(assert_near: Check, device: str):
 
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=lambda d: str(d)[6:])
 def test_half(assert_near: Check, device: str, half: torch.dtype):
+    # the interpreter multiplies in float32
+    options = {"near_as": half if device == "cuda" else None, **ALL}
     for weights, decay in ((torch.float32, GENTLE), (half, STEEP)):
         sizes = drawn(device, weights=weights, decay=decay) | {"dtype": half}
         inputs = gated_inputs(1, 20, 2, 4, 3, **sizes)
-        compare(assert_near, gated_linear_scan, gated_linear_scan_ref, inputs, **ALL)
+        compare(assert_near, gated_linear_scan, gated_linear_scan_ref, inputs, **options)
 
 
 @pytest.mark.parametrize("decay", [0.0, 1e-6, 30.0, 100.0, 1e4, 1e30])
@@ -218,10 +220,12 @@ def test_no_memory_at_all(device: str):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
-def test_layouts(device: str, layout: Callable[[torch.Tensor], torch.Tensor]):
+def test_layouts(assert_near: Check, device: str, layout: Callable[[torch.Tensor], torch.Tensor]):
+    """Near, not equal: a compiler that knows a stride to be 1 may sum in another order."""
     inputs = gated_inputs(2, 5, 2, 3, 4, **drawn(device))
     expected = evaluate(gated_linear_scan, inputs, **ALL)
-    assert_equal(evaluate(gated_linear_scan, each(inputs, layout), **ALL), expected)
+    actual = evaluate(gated_linear_scan, each(inputs, layout), **ALL)
+    assert_all_near(assert_near, actual, expected)
 
 
 def test_constant_decays(assert_near: Check, device: str):

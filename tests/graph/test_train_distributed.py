@@ -77,7 +77,7 @@ def run_script(folder: Path) -> None:
 
 
 def start(*arguments: str) -> "subprocess.Popen[str]":
-    paths = os.pathsep.join(str(ROOT / part) for part in ("core", "graph"))
+    paths = os.pathsep.join([*(str(ROOT / part) for part in ("core", "graph")), *sys.path])
     return subprocess.Popen(
         [sys.executable, *arguments],
         env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},

@@ -145,7 +145,7 @@ def launch(folder: Path, *options: str) -> list[dict[str, Any]]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command += ["--main_process_port", str(port), *options, __file__, str(folder)]
-    paths = f"{root / 'core'}{os.pathsep}{root / 'vision'}"
+    paths = os.pathsep.join([str(root / "core"), str(root / "vision"), *sys.path])
     done = subprocess.run(
         command,
         env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},

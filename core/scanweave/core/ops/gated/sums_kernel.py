@@ -100,8 +100,8 @@ def _sums_of(
                     tl.store(reach_at, tl.exp2(between), mask=offs_h < heads)
                     moved = (other - c) * CHUNK
                     mask = (place + moved < size)[:, None] & mask_h
-                    g = tl.load(g_at + moved * stride_gl, mask=mask, other=0.0)
-                    between += tl.sum(g.to(tl.float32) * LOG2_E, 0)
+                    crossed = tl.load(g_at + moved * stride_gl, mask=mask, other=0.0)
+                    between += tl.sum(crossed.to(tl.float32) * LOG2_E, 0)
 
 
 @triton.jit
