@@ -25,7 +25,7 @@ import math
 import pkgutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
@@ -172,27 +172,59 @@ def _as_on(backend: str) -> Iterator[None]:
         yield
 
 
-def record(op: str, shape: Shape, backend: str = "cuda") -> dict[str, list[Launch]]:
-    """Launches of an op at a shape in bfloat16: those of "inference", and of "training"."""
+@contextmanager
+def recorded(backend: str = "cuda") -> Iterator[list[Launch]]:
+    """Note launches of kernels instead of making them; results of ops hold nothing."""
     launches: list[Launch] = []
 
     def note(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
         launches.append(Launch(kernel, arguments, options, grid))
 
+    with _as_on(backend), mock.patch.object(JITFunction, "run", note), _OpsOfCpu():
+        yield launches
+
+
+def record(op: str, shape: Shape, backend: str = "cuda") -> dict[str, list[Launch]]:
+    """Launches of an op at a shape in bfloat16: those of "inference", and of "training"."""
     entry = OPS[op]
     # launchers may read where packed sequences end, and that row is small
     device = torch.device("cpu" if shape.is_packed else "meta")
-    found = {}
-    with _as_on(backend), mock.patch.object(JITFunction, "run", note), _OpsOfCpu():
-        inputs = entry.make(shape, torch.bfloat16, device)
-        with torch.no_grad():
-            entry.run(inputs)
-        found["inference"], launches = launches, []
-        if entry.backward:
-            out = entry.run(inputs)
-            torch.autograd.grad(out, list(inputs.tensors.values()), torch.empty_like(out))
-            found["training"], launches = launches, []
-    return found
+    inputs = entry.make(shape, torch.bfloat16, device)
+    with recorded(backend) as inference, torch.no_grad():
+        entry.run(inputs)
+    if not entry.backward:
+        return {"inference": inference}
+    with recorded(backend) as training:
+        out = entry.run(inputs)
+        torch.autograd.grad(out, list(inputs.tensors.values()), torch.empty_like(out))
+    return {"inference": inference, "training": training}
+
+
+def _compile(launch: Launch, target: GPUTarget) -> Any:
+    before = driver._active
+    driver.set_active(_Driver(target))  # type: ignore[arg-type]
+    try:
+        return launch.kernel.run(*launch.arguments, grid=launch.grid, warmup=True, **launch.options)
+    finally:
+        driver._active = before
+
+
+class _Accepted(Exception):
+    """The compiler has read a kernel's source."""
+
+
+def check_types(launch: Launch) -> None:
+    """Let Triton read a kernel's source for the launch's types, and stop before machine code.
+
+    Its interpreter knows no types: a variable that a loop makes float32 where it was bfloat16
+    runs there.
+
+    Raises:
+        triton.compiler.CompilationError: the source is no program for these types.
+    """
+    after = "triton.backends.nvidia.compiler.CUDABackend.make_ttir"
+    with mock.patch(after, side_effect=_Accepted), suppress(_Accepted):
+        _compile(launch, TARGETS["sm_90"])
 
 
 def compile_for(launch: Launch, target: GPUTarget) -> Code:
@@ -201,14 +233,7 @@ def compile_for(launch: Launch, target: GPUTarget) -> Code:
     Raises:
         FileNotFoundError: the tools that read it are not installed.
     """
-    before = driver._active
-    driver.set_active(_Driver(target))  # type: ignore[arg-type]
-    try:
-        compiled = launch.kernel.run(
-            *launch.arguments, grid=launch.grid, warmup=True, **launch.options
-        )
-    finally:
-        driver._active = before
+    compiled = _compile(launch, target)
     lanes = target.warp_size * compiled.metadata.num_warps
     return read_code(compiled.asm, launch.elements / lanes)
 
