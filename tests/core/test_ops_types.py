@@ -34,9 +34,10 @@ from scanweave.core import (
 pytestmark = pytest.mark.skipif(
     compiled_code.interpreted(), reason="TRITON_INTERPRET=1: kernels are not compiled"
 )
+Mix = dict[str, Any]
 HALF = torch.bfloat16
 # of activations and of what models keep in float32; where all is float32, nothing can differ
-MIXES: dict[str, dict[str, torch.dtype]] = {
+MIXES: dict[str, Mix] = {
     "mixed": {"dtype": HALF, "weights": torch.float32},
     "half": {"dtype": HALF, "weights": HALF},
 }
@@ -68,7 +69,7 @@ def distinct(launch: Launch) -> tuple[Any, ...]:
 @MIX
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("bare", [False, True])
-def test_selective_scans(mix: dict[str, torch.dtype], packed: bool, bare: bool):
+def test_selective_scans(mix: Mix, packed: bool, bare: bool):
     rows = {"sequences": 4} if packed else {}
     cu = PACKED if packed else {}
     without = ("D", "z", "dt_bias", "initial_state") if bare else ()
@@ -81,7 +82,7 @@ def test_selective_scans(mix: dict[str, torch.dtype], packed: bool, bare: bool):
 
 @MIX
 @pytest.mark.parametrize("state", [1, 4])
-def test_scans_along_paths(mix: dict[str, torch.dtype], state: int):
+def test_scans_along_paths(mix: Mix, state: int):
     inputs = path_inputs(2, LENGTH, 24, state, **mix)
     paths = random_paths(4, LENGTH)
     check(path_selective_scan, inputs, paths=paths, **STATE)
@@ -91,7 +92,7 @@ def test_scans_along_paths(mix: dict[str, torch.dtype], state: int):
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("exclusive", [False, True])
 @pytest.mark.parametrize("kind", ["none", "heads", "tokens", "channels", "all"])
-def test_matrix_states(mix: dict[str, torch.dtype], kind: str, exclusive: bool, packed: bool):
+def test_matrix_states(mix: Mix, kind: str, exclusive: bool, packed: bool):
     rows = {"sequences": 4} if packed else {}
     cu = PACKED if packed else {}
     for reverse in (False, True):
@@ -104,7 +105,7 @@ def test_matrix_states(mix: dict[str, torch.dtype], kind: str, exclusive: bool, 
 @pytest.mark.parametrize("length", [LENGTH, 2000])
 @pytest.mark.parametrize("form", ["add", "exclusive", "quasi_separable"])
 @pytest.mark.parametrize("kind", ["none", "tokens", "all"])
-def test_both_directions(mix: dict[str, torch.dtype], kind: str, form: str, length: int):
+def test_both_directions(mix: Mix, kind: str, form: str, length: int):
     """Chunks that read each other, and that go through states."""
     without = ("initial_state",)
     if kind == "none":
@@ -127,7 +128,7 @@ def test_linear_scans(dtype: torch.dtype, constant: bool):
 
 @MIX
 @pytest.mark.parametrize("constant", [False, True])
-def test_weighted_averages(mix: dict[str, torch.dtype], constant: bool):
+def test_weighted_averages(mix: Mix, constant: bool):
     for sequences, cu in ((None, {}), (4, PACKED)):
         inputs = wkv_inputs(1, LENGTH, 40, constant=constant, sequences=sequences, **mix)
         check(wkv, inputs, **cu, **STATE)
@@ -135,7 +136,7 @@ def test_weighted_averages(mix: dict[str, torch.dtype], constant: bool):
 
 @MIX
 @pytest.mark.parametrize("activation", [None, "silu"])
-def test_convolutions(mix: dict[str, torch.dtype], activation: str | None):
+def test_convolutions(mix: Mix, activation: str | None):
     for sequences, cu in ((None, {}), (4, PACKED)):
         inputs = conv_inputs(1, LENGTH, 40, 4, sequences=sequences, **mix)
         for reverse in (False, True):
@@ -146,7 +147,7 @@ def test_convolutions(mix: dict[str, torch.dtype], activation: str | None):
 
 @MIX
 @pytest.mark.parametrize("norm_first", [False, True])
-def test_norms(mix: dict[str, torch.dtype], norm_first: bool):
+def test_norms(mix: Mix, norm_first: bool):
     x, z = (torch.zeros(2, 9, 48, dtype=mix["dtype"]) for _ in range(2))
     weight = torch.ones(48, dtype=mix["weights"])
     inputs = each({"x": x, "weight": weight, "z": z}, Tensor.clone)
