@@ -149,19 +149,23 @@ def entering(
 ):
     """The state that a segment starts from: through those before it, in order."""
     PARTS: tl.constexpr = 2 if COMPLEX else 1
-    for j in tl.static_range(SEGMENTS - 1):
-        if ADJOINT:
-            before = SEGMENTS - 1 - j > segment
-            at = (base + SEGMENTS - 1 - j) * dim * PARTS + offs
-        else:
-            before = j < segment
+    # a group's loads are on their way together; all 31 at once take the compiler half a minute
+    GROUP: tl.constexpr = min(8, SEGMENTS)
+    for group in range(0, SEGMENTS, GROUP):
+        for i in tl.static_range(GROUP):
+            j = group + i
+            if ADJOINT:
+                j = SEGMENTS - 1 - j
+                before = j > segment
+            else:
+                before = j < segment
             at = (base + j) * dim * PARTS + offs
-        mask = tl.where(before, mask_d, False)
-        e, ei = load_pair(ends_ptr + at, mask, 0.0, COMPLEX)
-        p, pi = load_pair(products_ptr + at, mask, 1.0, COMPLEX)
-        h, hi = times(p, pi, h, hi, COMPLEX)
-        h += e
-        hi += ei
+            mask = tl.where(before, mask_d, False)
+            e, ei = load_pair(ends_ptr + at, mask, 0.0, COMPLEX)
+            p, pi = load_pair(products_ptr + at, mask, 1.0, COMPLEX)
+            h, hi = times(p, pi, h, hi, COMPLEX)
+            h += e
+            hi += ei
     return h, hi
 
 
