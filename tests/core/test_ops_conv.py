@@ -326,3 +326,13 @@ def test_leaves_inputs_alone_and_results_own_their_memory():
         for name, v in inputs.items():
             assert torch.equal(v, before[name]), name
     assert_equal({"y": y.detach()}, {"y": causal_conv1d(**inputs).detach()})
+
+
+@pytest.mark.parametrize("length", [2, 3, 9])
+def test_final_state_is_a_copy(length: int):
+    """It is kept while its inputs are overwritten, as in a loop over one buffer."""
+    x, weight = torch.randn(2, length, 3), torch.randn(3, 4)
+    _, state = causal_conv1d(x, weight, return_final_state=True)
+    before = state.clone()
+    x.zero_()
+    assert torch.equal(state, before)

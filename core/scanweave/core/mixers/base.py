@@ -278,6 +278,11 @@ class Mixer(nn.Module):
         return twin
 
 
+def with_state(result: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
+    """What an op returned and its final state, None where that was not asked for."""
+    return result if isinstance(result, tuple) else (result, None)
+
+
 def _as_tokens(mask: Tensor) -> Tensor:
     """A mask of tokens, (L,) or (B, L), for (B, C, L, P)."""
     return mask.reshape(-1, 1, mask.shape[-1], 1)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..ops.checks import computing_dtype
 from ..ops.conv import causal_conv1d, symmetric_conv1d
-from .base import Mixer, State, register_mixer
+from .base import Mixer, State, register_mixer, with_state
 
 
 class _GatedCNNBase(Mixer):
@@ -51,27 +51,29 @@ class _GatedCNNBase(Mixer):
             module.reset_parameters()
 
     def _convolve(
-        self, c: Tensor, state: Tensor | None, cu_seqlens: Tensor | None
+        self, c: Tensor, state: Tensor | None, cu_seqlens: Tensor | None, final: bool
     ) -> tuple[Tensor, Tensor | None]:
         weight, bias = self.conv.weight.squeeze(1), self.conv.bias
         if not self.causal:
             return symmetric_conv1d(c, weight, bias, cu_seqlens=cu_seqlens), None
-        return causal_conv1d(
+        convolved = causal_conv1d(
             c,
             weight,
             bias,
             initial_state=state,
             cu_seqlens=cu_seqlens,
-            return_final_state=True,
+            return_final_state=final,
         )
+        return with_state(convolved)
 
     def _mix(
         self, x: Tensor, state: State | None, cu_seqlens: Tensor | None, return_state: bool
     ) -> tuple[Tensor, State | None]:
         g, i, c = self.fc1(x).split(self._widths, -1)
-        c, conv = self._convolve(c, None if state is None else state["conv"], cu_seqlens)
+        before = None if state is None else state["conv"]
+        c, conv = self._convolve(c, before, cu_seqlens, return_state)
         y = self.fc2(F.gelu(g) * torch.cat([i, c], -1))
-        if conv is None or not return_state:
+        if conv is None:
             return y, None
         return y, {"conv": conv.to(computing_dtype(self.fc1.weight))}
 
@@ -79,7 +81,7 @@ class _GatedCNNBase(Mixer):
         """See `Mixer.core`: the convolution's inputs and outputs without bias."""
         c = self.fc1(x).split(self._widths, -1)[2]
         assert self.conv.bias is not None
-        y = self._convolve(c, None, None)[0] - self.conv.bias
+        y = self._convolve(c, None, None, False)[0] - self.conv.bias
         return c.transpose(1, 2).unsqueeze(-1), y.transpose(1, 2).unsqueeze(-1)
 
     def finish(self, x: Tensor, outputs: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..ops.checks import computing_dtype
 from ..ops.conv import causal_conv1d, causal_conv1d_step, symmetric_conv1d
-from .base import Mixer, State, register_mixer
+from .base import Mixer, State, register_mixer, with_state
 from .hyena_filter import toeplitz
 from .matrix_state import check_sizes
 
@@ -62,15 +62,16 @@ class _BaseConvBase(Mixer):
     ) -> tuple[Tensor, State | None]:
         if not self.causal:
             return self._gate(symmetric_conv1d(x, *self._taps(), cu_seqlens=cu_seqlens), x), None
-        c, conv = causal_conv1d(
+        convolved = causal_conv1d(
             x,
             *self._taps(),
             initial_state=None if state is None else state["conv"],
             cu_seqlens=cu_seqlens,
-            return_final_state=True,
+            return_final_state=return_state,
         )
+        c, conv = with_state(convolved)
         dtype = computing_dtype(self.projection.weight)
-        return self._gate(c, x), {"conv": conv.to(dtype)} if return_state else None
+        return self._gate(c, x), None if conv is None else {"conv": conv.to(dtype)}
 
     def core(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """See `Mixer.core`: the inputs, and the outputs without the convolution's bias."""

@@ -24,7 +24,7 @@ from ..ops.gated import (
     gated_linear_attention,
     gated_linear_scan_step,
 )
-from .base import Mixer, State, register_mixer
+from .base import Mixer, State, register_mixer, with_state
 from .matrix_state import GatedRMSNorm, check_sizes
 
 MAX_WIDTH = 256
@@ -89,7 +89,7 @@ class ChannelDecayAttention(Mixer):
                 cu_seqlens=cu_seqlens,
                 return_final_state=final,
             )
-            y, h = result if isinstance(result, tuple) else (result, None)
+            y, h = with_state(result)
             return v, y, h
         q = q * self._scale()
         (k, g), (k_back, g_back) = ways

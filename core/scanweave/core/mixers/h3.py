@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..ops.checks import computing_dtype, without_autocast
 from ..ops.conv import causal_conv1d, causal_conv1d_step
 from ..ops.long_conv import diagonal_ssm, diagonal_ssm_step, fft_conv, ssm_kernel
-from .base import Mixer, State, register_mixer
+from .base import Mixer, State, register_mixer, with_state
 from .diagonal import Mode, Terms, bilinear, own_rate, path, transforms
 from .hyena_filter import toeplitz
 from .matrix_state import check_sizes, check_steps
@@ -209,19 +209,20 @@ class H3(Mixer):
         return tuple(v.repeat_interleave(self.head_dim**2, 0) for v in terms)
 
     def _shift(
-        self, k: Tensor, state: Tensor | None, cu_seqlens: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """k', and the last M - 1 keys."""
+        self, k: Tensor, state: Tensor | None, cu_seqlens: Tensor | None, final: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """k', and if asked the last M - 1 keys."""
         taps = self._taps()
         if self.d_conv > SHORT and self._transforms(k, cu_seqlens):
-            return fft_conv(k, taps, initial_state=state, return_final_state=True)
-        return causal_conv1d(
+            return with_state(fft_conv(k, taps, initial_state=state, return_final_state=final))
+        convolved = causal_conv1d(
             k,
             taps.flip(1),
             initial_state=state,
             cu_seqlens=cu_seqlens,
-            return_final_state=True,
+            return_final_state=final,
         )
+        return with_state(convolved)
 
     def _transforms(self, v: Tensor, cu_seqlens: Tensor | None) -> bool:
         return transforms(self.mode, v.shape[1], cu_seqlens is not None)
@@ -246,11 +247,12 @@ class H3(Mixer):
         self, x: Tensor, state: State | None, cu_seqlens: Tensor | None, return_state: bool
     ) -> tuple[Tensor, State | None]:
         q, k, v = self._project(x)
-        k, conv = self._shift(k, None if state is None else state["conv"], cu_seqlens)
+        before = None if state is None else state["conv"]
+        k, conv = self._shift(k, before, cu_seqlens, return_state)
         y, h = self._remember(
             self._products(k, v), None if state is None else state["h"], cu_seqlens, return_state
         )
-        after = None if h is None else {"conv": conv.to(h.real.dtype), "h": h}
+        after = None if conv is None or h is None else {"conv": conv.to(h.real.dtype), "h": h}
         return self.output_linear(self._answers(q, y)), after
 
     def _remember(
@@ -284,7 +286,9 @@ class H3(Mixer):
     def core(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """See `Mixer.core`: values and what the queries read, a head each."""
         q, k, v = self._project(x)
-        y, _ = self._remember(self._products(self._shift(k, None, None)[0], v), None, None, False)
+        y, _ = self._remember(
+            self._products(self._shift(k, None, None, False)[0], v), None, None, False
+        )
         read = self._answers(q, y).unflatten(-1, (self.head_dim, self.heads))
         return self._by_head(v), read.permute(0, 3, 1, 2)
 
@@ -300,7 +304,7 @@ class H3(Mixer):
         """
         length = x.shape[1]
         q, k, _ = self._project(x)
-        pairs = self._by_head(q) @ self._by_head(self._shift(k, None, None)[0]).mT
+        pairs = self._by_head(q) @ self._by_head(self._shift(k, None, None, False)[0]).mT
         terms: Terms = self.kernel["kernel"]()
         kernel = ssm_kernel(terms.log_a, terms.B, terms.C, length)
         eye = torch.eye(length, device=x.device, dtype=kernel.dtype)

@@ -27,7 +27,7 @@ from ..ops.gated import (
     gated_linear_scan,
     gated_linear_scan_step,
 )
-from .base import Mixer, State, register_mixer
+from .base import Mixer, State, register_mixer, with_state
 from .matrix_state import GatedRMSNorm, check_sizes, head_width
 
 # keys of a head and columns of its values, the sum of weights included
@@ -130,7 +130,7 @@ class FeatureAttention(Mixer):
                 cu_seqlens=cu_seqlens,
                 return_final_state=final,
             )
-            y, h = result if isinstance(result, tuple) else (result, None)
+            y, h = with_state(result)
             return self._divided(y), h
         if cu_seqlens is None:
             return self._divided(_of_all(q, k, values)), None

@@ -24,7 +24,7 @@ from ..ops.checks import computing_dtype
 from ..ops.conv import causal_conv1d, causal_conv1d_step
 from ..ops.mamba import mamba_block
 from ..ops.selective import bidirectional_selective_scan, selective_scan, selective_scan_step
-from .base import Mixer, State, register_mixer
+from .base import Mixer, State, register_mixer, with_state
 
 
 def _rates(logs: list[Tensor]) -> list[Tensor]:
@@ -277,14 +277,15 @@ class Mamba(_MambaBase):
         self, x: Tensor, state: State | None, cu_seqlens: Tensor | None, return_state: bool
     ) -> tuple[Tensor, State | None]:
         u, z = self.in_proj(x).chunk(2, -1)
-        u, conv = causal_conv1d(
+        convolved = causal_conv1d(
             u,
             *self._taps(""),
             "silu",
             initial_state=None if state is None else state["conv"],
             cu_seqlens=cu_seqlens,
-            return_final_state=True,
+            return_final_state=return_state,
         )
+        u, conv = with_state(convolved)
         dt, A, B, C, D, bias = self._scan_inputs(u, "")
         y, h = selective_scan(
             u,
@@ -299,7 +300,7 @@ class Mamba(_MambaBase):
             cu_seqlens=cu_seqlens,
             return_final_state=True,
         )
-        after = {"conv": conv.to(h.dtype), "h": h} if return_state else None
+        after = None if conv is None else {"conv": conv.to(h.dtype), "h": h}
         return self.out_proj(y), after
 
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:

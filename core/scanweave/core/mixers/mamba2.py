@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..ops.checks import computing_dtype
 from ..ops.conv import causal_conv1d, causal_conv1d_step
 from ..ops.gated import gated_linear_scan_step, ssd, time_steps
-from .base import Mixer, State, register_mixer
+from .base import Mixer, State, register_mixer, with_state
 from .matrix_state import (
     GatedRMSNorm,
     check_sizes,
@@ -160,14 +160,15 @@ class Mamba2(Mixer):
         self, x: Tensor, state: State | None, cu_seqlens: Tensor | None, return_state: bool
     ) -> tuple[Tensor, State | None]:
         z, u, dt = self._split(x)
-        u, conv = causal_conv1d(
+        convolved = causal_conv1d(
             u,
             *self._taps(),
             "silu",
             initial_state=None if state is None else state["conv"],
             cu_seqlens=cu_seqlens,
-            return_final_state=True,
+            return_final_state=return_state,
         )
+        u, conv = with_state(convolved)
         v, B, C = self._heads(u)
         result = ssd(
             *(v, dt, self._rates(), B, C, self.D, self.dt_bias, True, self.dt_limit),
@@ -175,8 +176,8 @@ class Mamba2(Mixer):
             cu_seqlens=cu_seqlens,
             return_final_state=return_state,
         )
-        y, h = result if isinstance(result, tuple) else (result, None)
-        after = None if h is None else {"conv": conv.to(h.dtype), "h": h}
+        y, h = with_state(result)
+        after = None if conv is None or h is None else {"conv": conv.to(h.dtype), "h": h}
         return self.out_proj(self.norm(y.flatten(2), z)), after
 
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ..ops.checks import computing_dtype
 from ..ops.conv import causal_conv1d, causal_conv1d_step
 from ..ops.gated import gated_linear_scan, gated_linear_scan_step
-from .base import Mixer, State, register_mixer
+from .base import Mixer, State, register_mixer, with_state
 from .matrix_state import check_sizes, head_width, keep_from_decay, scan_matrix
 
 
@@ -132,13 +132,14 @@ class PhiMamba(Mixer):
         self, x: Tensor, state: State | None, cu_seqlens: Tensor | None, return_state: bool
     ) -> tuple[Tensor, State | None]:
         u, gate, g = self._split(x)
-        u, conv = causal_conv1d(
+        convolved = causal_conv1d(
             u,
             *self._taps(),
             initial_state=None if state is None else state["conv"],
             cu_seqlens=cu_seqlens,
-            return_final_state=True,
+            return_final_state=return_state,
         )
+        u, conv = with_state(convolved)
         v, B, C = self._heads(u)
         scan: Callable[..., Any] = gated_linear_scan
         result = scan(
@@ -147,8 +148,8 @@ class PhiMamba(Mixer):
             cu_seqlens=cu_seqlens,
             return_final_state=return_state,
         )
-        y, h = result if isinstance(result, tuple) else (result, None)
-        after = None if h is None else {"conv": conv.to(h.dtype), "h": h}
+        y, h = with_state(result)
+        after = None if conv is None or h is None else {"conv": conv.to(h.dtype), "h": h}
         return self.out_proj(y.flatten(2) * gate), after
 
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:

@@ -32,7 +32,7 @@ from ..ops.gated import (
     gated_linear_scan_step,
 )
 from ..ops.norm import rms_norm_gated
-from .base import Mixer, State, register_mixer
+from .base import Mixer, State, register_mixer, with_state
 from .mamba3 import turned
 from .matrix_state import check_sizes
 
@@ -200,7 +200,7 @@ class RetNet(Mixer):
             cu_seqlens=cu_seqlens,
             return_final_state=final,
         )
-        y, h = result if isinstance(result, tuple) else (result, None)
+        y, h = with_state(result)
         return v, y, h
 
     def _mix(

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..ops.checks import computing_dtype
 from ..ops.conv import causal_conv1d, causal_conv1d_step
 from ..ops.linear import linear_scan, linear_scan_step
-from .base import Mixer, State, register_mixer
+from .base import Mixer, State, register_mixer, with_state
 from .matrix_state import check_sizes, head_width, keep_from_decay
 
 DECAY_SCALE = 8.0
@@ -199,13 +199,14 @@ class RGLRUBlock(Mixer):
     def _mix(
         self, x: Tensor, state: State | None, cu_seqlens: Tensor | None, return_state: bool
     ) -> tuple[Tensor, State | None]:
-        w, conv = causal_conv1d(
+        convolved = causal_conv1d(
             self.linear_x(x),
             *self._taps(),
             initial_state=None if state is None else state["conv"],
             cu_seqlens=cu_seqlens,
-            return_final_state=True,
+            return_final_state=return_state,
         )
+        w, conv = with_state(convolved)
         started = None if state is None else state["started"]
         log_a, factor = self.rg_lru(w, first_tokens(x, started, cu_seqlens))
         h, last = linear_scan(
@@ -216,7 +217,7 @@ class RGLRUBlock(Mixer):
             return_final_state=True,
         )
         y = self.linear_out(h * self._gate(x))
-        if not return_state:
+        if conv is None:
             return y, None
         if cu_seqlens is None:
             begun = last.new_full((x.shape[0], 1), float(x.shape[1] > 0))

@@ -184,6 +184,12 @@ def causal_conv1d(
 ) -> tuple[Tensor, Tensor]: ...
 
 
+@overload
+def causal_conv1d(
+    *args: Any, return_final_state: bool, **kwargs: Any
+) -> Tensor | tuple[Tensor, Tensor]: ...
+
+
 def causal_conv1d(
     x: Tensor,
     weight: Tensor,
@@ -267,6 +273,10 @@ def _last_inputs(
 ) -> Tensor:
     """The last `count` inputs of every sequence in scan order, older ones from `state`."""
     if cu_seqlens is None:
+        length = x.shape[1]
+        if state is None and length >= count and not torch.compiler.is_compiling():
+            return x[:, :count].flip(1) if reverse else x[:, length - count :].clone()
+        # compilers are told nothing about the length, and do not copy what is sliced off
         v = x.flip(1) if reverse else x
         head = x.new_zeros(x.shape[0], count, x.shape[2]) if state is None else state.to(x.dtype)
         return torch.cat([head, v], 1)[:, v.shape[1] :].contiguous()
