@@ -71,12 +71,13 @@ class _Tokens(NamedTuple):
 
 def turned(x: Tensor, angles: Tensor) -> Tensor:
     """Rotate the first R pairs of neighbouring channels of `x` (..., N) by `angles` (..., R)."""
-    pairs = x.unflatten(-1, (-1, 2))
-    rest = pairs[..., angles.shape[-1] :, :]
-    first, second = pairs[..., : angles.shape[-1], :].unbind(-1)
+    pairs, count = x.unflatten(-1, (-1, 2)), angles.shape[-1]
+    first, second = pairs[..., :count, :].unbind(-1)
     cos, sin = torch.cos(angles), torch.sin(angles)
     moved = torch.stack([first * cos - second * sin, first * sin + second * cos], -1)
-    return torch.cat([moved, rest], -2).flatten(-2)
+    if count < pairs.shape[-2]:
+        moved = torch.cat([moved, pairs[..., count:, :]], -2)
+    return moved.flatten(-2)
 
 
 def wrapped(angles: Tensor) -> Tensor:
