@@ -227,6 +227,11 @@ def check_types(launch: Launch) -> None:
         _compile(launch, TARGETS["sm_90"])
 
 
+def shared_memory(launch: Launch, target: GPUTarget) -> int:
+    """Bytes of shared memory that a program of a launch takes."""
+    return _compile(launch, target).metadata.shared
+
+
 def compile_for(launch: Launch, target: GPUTarget) -> Code:
     """Machine code of a launch.
 

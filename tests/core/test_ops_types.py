@@ -2,7 +2,8 @@
 
 The interpreter, which runs them on a CPU, knows no types: a variable that a loop makes float32
 where it was bfloat16 is an error on a GPU alone. Ops run here on values that are never read, while
-their launches are recorded and each one's source is checked, up to machine code.
+their launches are recorded and each one's source is checked, up to machine code. The shared memory
+of the widest kernels is checked as well.
 """
 
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from benchmarks import compiled_code
-from benchmarks.compiled_code import Launch, check_types, recorded
+from benchmarks.compiled_code import TARGETS, Launch, check_types, recorded, shared_memory
 from tests.core.gated_cases import gated_inputs, gated_pairs
 from tests.core.linear_cases import linear_inputs, wkv_inputs
 from tests.core.op_cases import Inputs, conv_inputs, each, evaluate, pack, pair_inputs, scan_inputs
@@ -44,7 +45,7 @@ MIXES: dict[str, Mix] = {
 MIX = pytest.mark.parametrize("mix", MIXES.values(), ids=MIXES.keys())
 LENGTH = 300
 PACKED = {"cu_seqlens": pack((100, 0, 1, 199))}
-STATE = {"return_final_state": True}
+STATE: dict[str, Any] = {"return_final_state": True}
 
 
 def check(op: Callable[..., Any], inputs: Inputs, **options: Any) -> None:
@@ -152,6 +153,17 @@ def test_norms(mix: Mix, norm_first: bool):
     weight = torch.ones(48, dtype=mix["weights"])
     inputs = each({"x": x, "weight": weight, "z": z}, Tensor.clone)
     check(rms_norm_gated, inputs, group_size=24, norm_before_gate=norm_first)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("kind", ["tokens", "all"])
+def test_widest_heads_fit_small_gpus(kind: str, dtype: torch.dtype):
+    """Keys and values of 256; GPUs of consumers give a program 99 KB, data centres' over 160."""
+    inputs = gated_inputs(1, LENGTH, 2, 256, 256, kind=kind, dtype=dtype, weights=torch.float32)
+    with recorded() as launches:
+        evaluate(gated_linear_scan, inputs, **STATE)
+    for launch in {launch.name: launch for launch in launches}.values():
+        assert shared_memory(launch, TARGETS["sm_80"]) < 99 << 10, launch.name
 
 
 def test_wrong_types_are_found():
