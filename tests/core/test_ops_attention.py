@@ -5,10 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tests.core.linear_cases import Check
 from tests.core.op_cases import assert_all_near, evaluate, pack
 from torch import Tensor
 
+from scanweave.core.ops import attention
 from scanweave.core.ops.attention import sequence_attention, visible
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -214,3 +216,55 @@ def test_refuses_packing_that_does_not_fit():
     ):
         with pytest.raises(ValueError, match=message):
             sequence_attention(**given, cu_seqlens=cu)
+
+
+@EACH_RULE
+@pytest.mark.parametrize("kind", ["plain", "past", "packed", "masked"])
+def test_blocks_hold_all_that_is_seen(
+    monkeypatch: pytest.MonkeyPatch, kind: str, rule: dict[str, Any]
+):
+    """Block by block: none that is seen is left out, and whole ones are seen as a whole."""
+    monkeypatch.setattr(attention, "BLOCK", 4)
+    made: list[Any] = []
+    make = attention._blocks
+
+    def noted(*args: Any) -> Any:
+        made.append(make(*args))
+        return made[-1]
+
+    monkeypatch.setattr(attention, "_blocks", noted)
+    queries, keys = 37, 37
+    options: dict[str, Any] = {}
+    if kind == "past":
+        queries = 22
+    elif kind == "packed":
+        options["cu_seqlens"] = pack((9, 0, 1, 20, 7))
+    elif kind == "masked":
+        options["mask"] = torch.rand(2, keys, generator=torch.Generator().manual_seed(0)) < 0.9
+    rows = 2 if kind == "masked" else 1
+    inputs = {k: v.detach() for k, v in heads(rows, queries, keys).items()}
+    sequence_attention(**inputs, backend="flex", **options, **rule)
+    (blocks,) = made
+    row, i, j = (torch.arange(n) for n in (rows, queries, keys))
+    pairs = blocks.mask_mod(row[:, None, None], torch.zeros(()), i[:, None], j)
+    pad = (0, -keys % 4, 0, -queries % 4)
+    tiles = F.pad(pairs, pad).unflatten(2, (-1, 4)).unflatten(1, (-1, 4))
+    seen = tiles.any(4).any(2)
+    whole = tiles.all(4).all(2)
+    size = seen.shape[-1]
+    listed, full = (
+        torch.stack([
+            torch.zeros(size, dtype=torch.bool).index_fill(0, where[:n].long(), True)
+            for where, n in zip(indices.flatten(0, 2), counts.flatten(), strict=True)
+        ]).view_as(seen)
+        for counts, indices in (
+            (blocks.kv_num_blocks, blocks.kv_indices),
+            (blocks.full_kv_num_blocks, blocks.full_kv_indices),
+        )
+    )  # fmt: skip
+    assert not (listed & full).any()
+    assert not (seen & ~(listed | full)).any()
+    assert not (full & ~whole).any()
+    if kind != "masked" and not rule.get("prefix"):
+        assert torch.equal(listed | full, seen)
+        assert torch.equal(full, whole)

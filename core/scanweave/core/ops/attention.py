@@ -29,6 +29,8 @@ from .checks import check_cu_seqlens_values, check_tensor
 
 # pairs from which the mask of all pairs costs more than compiling FlexAttention saves
 FLEX_PAIRS = 1 << 20
+# tokens of FlexAttention's blocks
+BLOCK = 128
 Backend = Literal["auto", "dense", "flex"]
 
 
@@ -72,7 +74,8 @@ def sequence_attention(
     _check(q, k, v, window, prefix, mask, cu_seqlens)
     if backend not in ("auto", "dense", "flex"):
         raise ValueError(f"backend must be 'auto', 'dense' or 'flex', got {backend!r}")
-    if cu_seqlens is not None:
+    # compiled programs have no values to look at
+    if cu_seqlens is not None and not torch.compiler.is_compiling():
         check_cu_seqlens_values(cu_seqlens, q.shape[1])
     if q.shape[0] * q.shape[1] == 0:
         return _dense(q, k, v, None, False, scale)
@@ -175,7 +178,7 @@ def _flex(
     scale: float | None,
 ) -> Tensor:
     """The same rules as `visible`, as a function of one pair."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    from torch.nn.attention.flex_attention import flex_attention
 
     batch, length = q.shape[:2]
     keys = k.shape[1]
@@ -183,12 +186,14 @@ def _flex(
     token = torch.arange(keys, device=q.device)
     sequence = torch.zeros_like(token).expand(batch, keys)
     place, real = token.expand(batch, keys), torch.ones_like(sequence, dtype=torch.bool)
+    rising = place
     if cu_seqlens is not None:
         ends = cu_seqlens.long()
         sequence = torch.bucketize(token, ends[1:], right=True).unsqueeze(0)
         place = token - ends[sequence]
     elif mask is not None:
         real, place = mask, mask.long().cumsum(-1) - 1
+        rising = place
 
     def sees(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         i = i + past
@@ -199,7 +204,7 @@ def _flex(
             seen = seen & (j <= i)
         return seen | (i == j)
 
-    blocks = create_block_mask(sees, batch, None, length, keys, device=str(q.device))
+    blocks = _blocks(sees, length, sequence, place, rising, real, causal, window, prefix)
     run = _compiled() if q.is_cuda and not torch.compiler.is_compiling() else flex_attention
     y = run(
         q.transpose(1, 2),
@@ -211,6 +216,74 @@ def _flex(
     )
     assert isinstance(y, Tensor)
     return y.transpose(1, 2)
+
+
+def _blocks(
+    sees: Callable[..., Tensor],
+    length: int,
+    sequence: Tensor,
+    place: Tensor,
+    rising: Tensor,
+    real: Tensor,
+    causal: bool,
+    window: int | None,
+    prefix: int,
+) -> Any:
+    """Which blocks of keys a block of queries looks at, as FlexAttention's `BlockMask`.
+
+    From the first and last token of every block, as everything that decides rises along the
+    tokens: PyTorch's own `create_block_mask` asks `sees` for all pairs of tokens first.
+
+    Args:
+        sees: Whether batch row b, head h, query i sees key j.
+        length: Queries L, the last of the T tokens.
+        sequence: Number of every token's sequence, (B, T).
+        place: Of a token inside its sequence, (B, T).
+        rising: Places as windows count them, without going back to 0, (B, T).
+        real: Tokens that are there, (B, T) bool.
+        causal: As in `sequence_attention`.
+        window: As there.
+        prefix: As there.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    keys = sequence.shape[1]
+    start_q = torch.arange(0, length, BLOCK, device=sequence.device) + (keys - length)
+    start_k = torch.arange(0, keys, BLOCK, device=sequence.device)
+    first_q, last_q = start_q.unsqueeze(1), (start_q + BLOCK - 1).clamp(max=keys - 1).unsqueeze(1)
+    first_k, last_k = start_k, (start_k + BLOCK - 1).clamp(max=keys - 1)
+    sequence_k = sequence[:, None, first_k], sequence[:, None, last_k]
+    sequence_q = sequence[:, first_q], sequence[:, last_q]
+    some = (sequence_k[0] <= sequence_q[1]) & (sequence_k[1] >= sequence_q[0])
+    every = (sequence_k[0] == sequence_q[1]) & (sequence_k[1] == sequence_q[0])
+    every = every & (start_q + BLOCK <= keys).unsqueeze(1) & (start_k + BLOCK <= keys)
+    padding = start_k.shape[0] * BLOCK - keys
+    every = every & F.pad(real, (0, padding)).unflatten(1, (-1, BLOCK)).all(-1).unsqueeze(1)
+    if window is not None:
+        rising_k = rising[:, None, first_k], rising[:, None, last_k]
+        rising_q = rising[:, first_q], rising[:, last_q]
+        apart = torch.maximum(rising_k[0] - rising_q[1], rising_q[0] - rising_k[1])
+        spread = torch.maximum(rising_k[1] - rising_q[0], rising_q[1] - rising_k[0])
+        near = apart < window
+        if prefix:
+            padded = F.pad(place, (0, padding), value=keys).unflatten(1, (-1, BLOCK))
+            near = near | (padded.amin(-1).unsqueeze(1) < prefix)
+        some, every = some & near, every & (spread < window)
+    if causal:
+        some, every = some & (first_k <= last_q), every & (last_k <= first_q)
+
+    def listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
+        chosen = chosen.to(torch.int32).unsqueeze(1)
+        order = chosen.argsort(dim=-1, descending=True, stable=True)
+        return chosen.sum(-1, dtype=torch.int32), order.to(torch.int32)
+
+    return BlockMask.from_kv_blocks(
+        *listed(some & ~every),
+        *listed(every),
+        BLOCK_SIZE=BLOCK,
+        mask_mod=sees,
+        seq_lengths=(length, keys),
+    )
 
 
 def _check(
