@@ -98,8 +98,9 @@ def test_single_steep_decays(assert_near: Check, drawn: dict[str, Any], steep: f
     inputs["g"] = tuple(g.requires_grad_() for g in pair)
     op, ref = bidirectional_gated_linear_scan, bidirectional_gated_ref
     # decays between tokens are differences of sums; a steep step makes those 160, so that they
-    # are rounded to 1e-5
-    compare(assert_near, op, ref, inputs, form=form, factor=2)
+    # are rounded to 1e-5, and a GPU's exponential adds to that
+    factor = 2 if drawn["device"] == "cuda" else 1
+    compare(assert_near, op, ref, inputs, form=form, factor=factor)
 
 
 @pytest.mark.parametrize("reverse", [False, True])

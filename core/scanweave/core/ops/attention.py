@@ -186,14 +186,12 @@ def _flex(
     token = torch.arange(keys, device=q.device)
     sequence = torch.zeros_like(token).expand(batch, keys)
     place, real = token.expand(batch, keys), torch.ones_like(sequence, dtype=torch.bool)
-    rising = place
     if cu_seqlens is not None:
         ends = cu_seqlens.long()
         sequence = torch.bucketize(token, ends[1:], right=True).unsqueeze(0)
         place = token - ends[sequence]
     elif mask is not None:
         real, place = mask, mask.long().cumsum(-1) - 1
-        rising = place
 
     def sees(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         i = i + past
@@ -204,7 +202,7 @@ def _flex(
             seen = seen & (j <= i)
         return seen | (i == j)
 
-    blocks = _blocks(sees, length, sequence, place, rising, real, causal, window, prefix)
+    blocks = _blocks(sees, length, sequence, place, real, causal, window, prefix)
     run = _compiled() if q.is_cuda and not torch.compiler.is_compiling() else flex_attention
     y = run(
         q.transpose(1, 2),
@@ -223,7 +221,6 @@ def _blocks(
     length: int,
     sequence: Tensor,
     place: Tensor,
-    rising: Tensor,
     real: Tensor,
     causal: bool,
     window: int | None,
@@ -239,7 +236,6 @@ def _blocks(
         length: Queries L, the last of the T tokens.
         sequence: Number of every token's sequence, (B, T).
         place: Of a token inside its sequence, (B, T).
-        rising: Places as windows count them, without going back to 0, (B, T).
         real: Tokens that are there, (B, T) bool.
         causal: As in `sequence_attention`.
         window: As there.
@@ -260,6 +256,8 @@ def _blocks(
     padding = start_k.shape[0] * BLOCK - keys
     every = every & F.pad(real, (0, padding)).unflatten(1, (-1, BLOCK)).all(-1).unsqueeze(1)
     if window is not None:
+        # a sequence's places, moved behind those of the sequences before it
+        rising = place + sequence * keys
         rising_k = rising[:, None, first_k], rising[:, None, last_k]
         rising_q = rising[:, first_q], rising[:, last_q]
         apart = torch.maximum(rising_k[0] - rising_q[1], rising_q[0] - rising_k[1])
