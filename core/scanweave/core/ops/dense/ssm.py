@@ -14,52 +14,15 @@ Letters: B batch, L length, D channels, N state, M readouts, T steps a chunk, C 
 sequences.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from ..checks import check_cu_seqlens, computing_dtype, without_autocast
-from .op import chunk_layout, dense_scan
+from .layout import Layout, lay_out
+from .op import dense_scan
 
 ROUNDS = 6
 CHUNK = 2**ROUNDS
-
-
-class _Chunks(NamedTuple):
-    """Where tokens lie when every sequence is cut into chunks of its own.
-
-    Attributes:
-        slot: Place of every token in the chunks, one behind another, (B L,).
-        position: Place of every chunk in its sequence, (C,).
-        owner: Sequence of every chunk, (C,).
-        lengths: Tokens of every sequence, (S,).
-        first: First chunk of every sequence, (S,).
-        longest: Most chunks that a sequence can have.
-    """
-
-    slot: Tensor
-    position: Tensor
-    owner: Tensor
-    lengths: Tensor
-    first: Tensor
-    longest: int
-
-
-def _lay_out(x: Tensor, cu_seqlens: Tensor | None, reverse: bool) -> _Chunks:
-    batch, length, _ = x.shape
-    if cu_seqlens is None:
-        # in slots as packed ones, and not padded and cut, for which a compiler fixes lengths
-        each = (length + CHUNK - 1) // CHUNK
-        rows, places = (torch.arange(n, device=x.device) for n in (batch, batch * each))
-        tokens = torch.arange(length, device=x.device)
-        if reverse:
-            tokens = length - 1 - tokens
-        slot = (rows.unsqueeze(1) * (each * CHUNK) + tokens).flatten()
-        lengths = torch.full_like(rows, length)
-        return _Chunks(slot, places % each, places // each, lengths, rows * each, each)
-    slot, position, owner, first = chunk_layout(cu_seqlens, length, CHUNK, reverse)
-    return _Chunks(slot, position, owner, cu_seqlens.diff().long(), first, position.shape[0])
 
 
 def state_powers(
@@ -143,7 +106,7 @@ def dense_ssm(
             y = y.expand(batch, length, dim, C.shape[1])
             final = xs.new_zeros(sequences, dim, E.shape[1]) if state is None else state
             return y, final if return_final_state else None
-        where = _lay_out(x, cu_seqlens, reverse)
+        where = lay_out(x, cu_seqlens, CHUNK, reverse)
         # (D, T, C): products over steps and over chunks, a channel each
         cut = xs.new_zeros(where.position.shape[0] * CHUNK, dim)
         cut = cut.index_copy(0, where.slot, xs.flatten(0, 1)).unflatten(0, (-1, CHUNK))
@@ -169,7 +132,7 @@ def _states(
     E: Tensor,
     into: Tensor,
     powers: list[Tensor],
-    where: _Chunks,
+    where: Layout,
     state: Tensor | None,
 ) -> Tensor:
     """States that enter the chunks, (D, C, N)."""
@@ -179,7 +142,11 @@ def _states(
     before: Tensor | float = 0.0
     if state is not None:
         before = state.index_select(0, where.owner).transpose(0, 1)
-    return dense_scan(torch.where(first, before, u), powers[-1], where.position, where.longest)
+    # the most chunks that a sequence can have
+    longest = where.position.shape[0]
+    if where.borders is None:
+        longest //= where.lengths.shape[0]
+    return dense_scan(torch.where(first, before, u), powers[-1], where.position, longest)
 
 
 def _last_states(
@@ -187,7 +154,7 @@ def _last_states(
     entering: Tensor,
     into: Tensor,
     powers: list[Tensor],
-    where: _Chunks,
+    where: Layout,
     state: Tensor | None,
 ) -> Tensor:
     """States after the last token of every sequence, (S, D, N)."""
