@@ -22,6 +22,15 @@ SMALL: dict[str, Any] = {
     "attn_implementation": "eager",
 }
 MAMBA = {"mamba_d_state": 4, "mamba_dt_rank": 3}
+# Mamba-2 as transformers configures it, and as we do
+MAMBA2 = {
+    "mamba_n_heads": 8,
+    "mamba_d_head": 8,
+    "mamba_d_state": 4,
+    "mamba_n_groups": 2,
+    "mamba_chunk_size": 8,
+}
+OURS2 = ["mamba2", {"d_state": 4, "headdim": 8, "ngroups": 2}]
 KINDS = ["linear_attention", "hybrid", "linear_attention", "hybrid", "hybrid", "linear_attention"]
 
 # model and configuration of transformers, the function that renames weights, pattern and arguments
@@ -102,7 +111,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], str, str, dict[str, Any]]] = {
         "m (S>m) m (S>m) (S>m) m",
         {
             "letters": {
-                "m": ["mamba2", {"d_state": 4, "headdim": 8, "ngroups": 2}],
+                "m": OURS2,
                 "S": [
                     "shared",
                     {
@@ -133,7 +142,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], str, str, dict[str, Any]]] = {
         "n p n a p",
         {
             "letters": {
-                "n": ["mamba2", {"d_state": 4, "headdim": 8, "ngroups": 2}],
+                "n": OURS2,
                 "a": ["attention", {"num_heads": 4, "num_kv_heads": 2, "bias": False}],
                 "p": ["mlp", {"expand": 1.25, "activation": "relu2", "bias": False}],
             }
@@ -145,17 +154,13 @@ MODELS: dict[str, tuple[str, dict[str, Any], str, str, dict[str, Any]]] = {
             "num_hidden_layers": 3,
             "attn_layer_indices": [1],
             "num_key_value_heads": 2,
-            "mamba_n_heads": 8,
-            "mamba_d_head": 8,
-            "mamba_d_state": 4,
-            "mamba_n_groups": 2,
-            "mamba_chunk_size": 8,
+            **MAMBA2,
         },
         "bamba_weights",
         "(n f)(a f)(n f)",
         {
             "letters": {
-                "n": ["mamba2", {"d_state": 4, "headdim": 8, "ngroups": 2}],
+                "n": OURS2,
                 "a": [
                     "attention",
                     {"num_heads": 4, "num_kv_heads": 2, "rope_fraction": 0.5, "bias": False},
@@ -173,17 +178,13 @@ MODELS: dict[str, tuple[str, dict[str, Any], str, str, dict[str, Any]]] = {
             "num_local_experts": 0,
             "rms_norm_eps": 1e-5,
             "shared_intermediate_size": 40,
-            "mamba_n_heads": 8,
-            "mamba_d_head": 8,
-            "mamba_d_state": 4,
-            "mamba_n_groups": 2,
-            "mamba_chunk_size": 8,
+            **MAMBA2,
         },
         "bamba_weights",
         "(n f)(a f)(n f)",
         {
             "letters": {
-                "n": ["mamba2", {"d_state": 4, "headdim": 8, "ngroups": 2}],
+                "n": OURS2,
                 "a": [
                     "attention",
                     {"num_heads": 4, "num_kv_heads": 2, "scale": 1.0, "bias": False},
