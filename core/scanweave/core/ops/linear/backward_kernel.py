@@ -28,6 +28,7 @@ from .kernels import (
     rows_of,
     store_pair,
     times,
+    with_row,
 )
 from .prefix_kernel import prefixes
 
@@ -49,23 +50,35 @@ def _backward_window(
     total_i,
     h,
     hi,
-    gs,
-    gis,
-    xs,
-    xis,
-    logs,
-    logs_i,
-    dx_at,
-    da_at,
+    rows,
+    at,
+    keep_at,
+    next_g,
+    next_x,
+    next_a,
     next_out,
     left,
     mask_d,
+    more_d,
     TAIL: tl.constexpr,
     CONSTANT: tl.constexpr,
     COMPLEX: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """A chunk's states again, then the gradient `e` of its last one back to its first."""
+    """A chunk's states again from `h`, then the gradient `e` of its last one back to its first. A
+    row of the chunk before it, where `more_d` says so, is read as soon as that of this one has been
+    used.
+    """
+    ONE: tl.constexpr = 1.0 if COMPLEX else 0.0
+    gs, gis, xs, xis, logs, logs_i = rows
+    g_at, x_at, a_at, dx_at, da_at = at
+    more_h, more_hi = load_pair(keep_at, more_d, 0.0, COMPLEX)
+    more_gs = ()
+    more_gis = ()
+    more_xs = ()
+    more_xis = ()
+    more_logs = ()
+    more_logs_i = ()
     decays = ()
     decays_i = ()
     carried = ()  # a[t] h[t-1]
@@ -81,21 +94,36 @@ def _backward_window(
         carried_i = carried_i + (hi,)
         h += xs[i].to(tl.float32)
         hi += xis[i].to(tl.float32)
+        more_xs, more_xis = with_row(more_xs, more_xis, x_at, more_d, 0.0, COMPLEX)
+        x_at += next_x
+        if not CONSTANT:
+            more_logs, more_logs_i = with_row(more_logs, more_logs_i, a_at, more_d, ONE, COMPLEX)
+            a_at += next_a
     for j in tl.static_range(CHUNK):
         s = gs[CHUNK - 1 - j].to(tl.float32) + e
         si = gis[CHUNK - 1 - j].to(tl.float32) + ei
         da, dai = times_conjugate(carried[CHUNK - 1 - j], carried_i[CHUNK - 1 - j], s, si, COMPLEX)
         valid = CHUNK - 1 - j < left if TAIL else True
         mask = tl.where(valid, mask_d, False) if TAIL else mask_d
-        at = (CHUNK - 1 - j) * next_out
-        store_pair(dx_at + at, s, si, mask, COMPLEX)
+        store_pair(dx_at, s, si, mask, COMPLEX)
+        dx_at -= next_out
         if CONSTANT:
             total += tl.where(valid, da, 0.0) if TAIL else da
             total_i += tl.where(valid, dai, 0.0) if TAIL else dai
         else:
-            store_pair(da_at + at, da, dai, mask, COMPLEX)
+            store_pair(da_at, da, dai, mask, COMPLEX)
+            da_at -= next_out
         e, ei = times_conjugate(decays[CHUNK - 1 - j], decays_i[CHUNK - 1 - j], s, si, COMPLEX)
-    return e, ei, total, total_i
+        g, gi = load_pair(g_at, more_d, 0.0, COMPLEX)
+        g_at -= next_g
+        more_gs = (g,) + more_gs
+        more_gis = (gi,) + more_gis
+    if CONSTANT:
+        more_logs = logs
+        more_logs_i = logs_i
+    rows = more_gs, more_gis, more_xs, more_xis, more_logs, more_logs_i
+    at = g_at, x_at - 2 * CHUNK * next_x, a_at - 2 * CHUNK * next_a, dx_at, da_at
+    return e, ei, total, total_i, more_h, more_hi, rows, at
 
 
 @triton.jit(do_not_specialize=["length", "tokens"])
@@ -160,68 +188,55 @@ def _backward_kernel(
     # a tail that is not a whole chunk is the first to be walked
     chunks = count // CHUNK
     left = count % CHUNK
-    start = begin + chunks * CHUNK
-    place = first + (steps - 1 - start if REVERSE else start)
+    start = (tl.cdiv(count, CHUNK) - 1) * CHUNK
+    place = first + (steps - 1 - begin - start if REVERSE else begin + start)
     g_at = g_ptr + row * stride_gb + place * stride_gl + offs
     x_at = x_ptr + row * stride_xb + place * stride_xl + offs
     a_at = a_ptr + row * stride_ab + place * stride_al + offs
     out = (row * tokens + place) * dim * PARTS
     dx_at = dx_ptr + out + offs
     da_at = da_ptr + out + offs
-    kept = kept_before(pid_s, first, length, PACKED, CHUNK) + begin // CHUNK + chunks
+    kept = kept_before(pid_s, first, length, PACKED, CHUNK) + (begin + start) // CHUNK
     keep_at = keep_ptr + kept * dim * PARTS + offs
     total = tl.zeros([BLOCK_D], tl.float32)
     total_i = tl.zeros([BLOCK_D], tl.float32)
+    mask = tl.where(count > 0, mask_d, False)
+    gs, gis = load_rows(g_at, next_g, count - start, mask, 0.0, COMPLEX, CHUNK)
+    xs, xis = load_rows(x_at, next_x, count - start, mask, 0.0, COMPLEX, CHUNK)
     if CONSTANT:
-        logs, logs_i = load_rows(a_at, 0, 0, mask_d, 0.0, False, COMPLEX, 1)
-    if left > 0:
-        gs, gis = load_rows(g_at, next_g, left, mask_d, 0.0, True, COMPLEX, CHUNK)
-        xs, xis = load_rows(x_at, next_x, left, mask_d, 0.0, True, COMPLEX, CHUNK)
-        if not CONSTANT:
-            logs, logs_i = load_rows(a_at, next_a, left, mask_d, ONE, True, COMPLEX, CHUNK)
-        h, hi = load_pair(keep_at, mask_d, 0.0, COMPLEX)
-        e, ei, total, total_i = _backward_window(
-            *(e, ei, total, total_i, h, hi, gs, gis, xs, xis, logs, logs_i),
-            *(dx_at, da_at, next_out, left, mask_d, True),
-            CONSTANT=CONSTANT,
-            COMPLEX=COMPLEX,
-            CHUNK=CHUNK,
-        )
-    g_at -= CHUNK * next_g
+        logs, logs_i = load_rows(a_at, 0, 1, mask_d, 0.0, COMPLEX, 1)
+    else:
+        logs, logs_i = load_rows(a_at, next_a, count - start, mask, ONE, COMPLEX, CHUNK)
+    rows = gs, gis, xs, xis, logs, logs_i
+    h, hi = load_pair(keep_at, mask, 0.0, COMPLEX)
+    # rows of x and a are read from a chunk's first to its last, those of g from its last
+    g_at -= next_g
     x_at -= CHUNK * next_x
     a_at -= CHUNK * next_a
-    mask = tl.where(chunks > 0, mask_d, False)
-    gs, gis = load_rows(g_at, next_g, 0, mask, 0.0, False, COMPLEX, CHUNK)
-    xs, xis = load_rows(x_at, next_x, 0, mask, 0.0, False, COMPLEX, CHUNK)
-    if not CONSTANT:
-        logs, logs_i = load_rows(a_at, next_a, 0, mask, ONE, False, COMPLEX, CHUNK)
-    for w in range(chunks):
-        g_now = gs
-        gi_now = gis
-        x_now = xs
-        xi_now = xis
-        a_now = logs
-        ai_now = logs_i
-        # the chunk before this one
-        g_at -= CHUNK * next_g
-        x_at -= CHUNK * next_x
-        a_at -= CHUNK * next_a
-        mask = tl.where(w + 1 < chunks, mask_d, False)
-        gs, gis = load_rows(g_at, next_g, 0, mask, 0.0, False, COMPLEX, CHUNK)
-        xs, xis = load_rows(x_at, next_x, 0, mask, 0.0, False, COMPLEX, CHUNK)
-        if not CONSTANT:
-            logs, logs_i = load_rows(a_at, next_a, 0, mask, ONE, False, COMPLEX, CHUNK)
-        keep_at -= dim * PARTS
-        dx_at -= CHUNK * next_out
-        da_at -= CHUNK * next_out
-        h, hi = load_pair(keep_at, mask_d, 0.0, COMPLEX)
-        e, ei, total, total_i = _backward_window(
-            *(e, ei, total, total_i, h, hi, g_now, gi_now, x_now, xi_now, a_now, ai_now),
-            *(dx_at, da_at, next_out, 0, mask_d, False),
+    dx_at += (CHUNK - 1) * next_out
+    da_at += (CHUNK - 1) * next_out
+    keep_at -= dim * PARTS
+    at = g_at, x_at, a_at, dx_at, da_at
+    if left > 0:
+        e, ei, total, total_i, h, hi, rows, at = _backward_window(
+            *(e, ei, total, total_i, h, hi, rows, at, keep_at),
+            *(next_g, next_x, next_a, next_out, left),
+            *(mask_d, tl.where(chunks > 0, mask_d, False), True),
             CONSTANT=CONSTANT,
             COMPLEX=COMPLEX,
             CHUNK=CHUNK,
         )
+        keep_at -= dim * PARTS
+    for w in range(chunks):
+        e, ei, total, total_i, h, hi, rows, at = _backward_window(
+            *(e, ei, total, total_i, h, hi, rows, at, keep_at),
+            *(next_g, next_x, next_a, next_out, 0),
+            *(mask_d, tl.where(w + 1 < chunks, mask_d, False), False),
+            CONSTANT=CONSTANT,
+            COMPLEX=COMPLEX,
+            CHUNK=CHUNK,
+        )
+        keep_at -= dim * PARTS
     if CONSTANT:
         at = (pid_s * SEGMENTS + segment) * dim * PARTS + offs
         store_pair(da_ptr + at, total, total_i, mask_d, COMPLEX)

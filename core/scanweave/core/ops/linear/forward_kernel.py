@@ -23,6 +23,7 @@ from .kernels import (
     rows_of,
     store_pair,
     times,
+    with_row,
 )
 from .prefix_kernel import prefixes
 
@@ -35,8 +36,12 @@ def _forward_window(
     xis,
     logs,
     logs_i,
+    x_at,
+    a_at,
     h_at,
     keep_at,
+    next_x,
+    next_a,
     next_h,
     dim,
     left,
@@ -48,8 +53,15 @@ def _forward_window(
     WINDOW: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """WINDOW steps of the state, which are stored."""
+    """WINDOW steps of the state, which are stored. A row of the next window, of the `left` steps
+    from here on, is read as soon as that of this one has been used.
+    """
     PARTS: tl.constexpr = 2 if COMPLEX else 1
+    ONE: tl.constexpr = 1.0 if COMPLEX else 0.0
+    more_xs = ()
+    more_xis = ()
+    more_logs = ()
+    more_logs_i = ()
     for i in tl.static_range(WINDOW):
         mask = tl.where(i < left, mask_d, False) if TAIL else mask_d
         if KEEP and i % CHUNK == 0:
@@ -60,8 +72,22 @@ def _forward_window(
         h, hi = times(b, bi, h, hi, COMPLEX)
         h += xs[i].to(tl.float32)
         hi += xis[i].to(tl.float32)
-        store_pair(h_at + i * next_h, h, hi, mask, COMPLEX)
-    return h, hi
+        store_pair(h_at, h, hi, mask, COMPLEX)
+        h_at += next_h
+        if not TAIL:
+            mask = tl.where(WINDOW + i < left, mask_d, False)
+            more_xs, more_xis = with_row(more_xs, more_xis, x_at, mask, 0.0, COMPLEX)
+            x_at += next_x
+            if not CONSTANT:
+                more_logs, more_logs_i = with_row(more_logs, more_logs_i, a_at, mask, ONE, COMPLEX)
+                a_at += next_a
+    if TAIL:
+        more_xs = xs
+        more_xis = xis
+    if TAIL or CONSTANT:
+        more_logs = logs
+        more_logs_i = logs_i
+    return h, hi, more_xs, more_xis, more_logs, more_logs_i, x_at, a_at, h_at
 
 
 @triton.jit(do_not_specialize=["length", "tokens"])
@@ -126,42 +152,30 @@ def _forward_kernel(
     h_at = h_ptr + (row * tokens + place) * dim * PARTS + offs
     kept = kept_before(pid_s, first, length, PACKED, CHUNK) + begin // CHUNK
     keep_at = keep_ptr + kept * dim * PARTS + offs
-    windows = count // WINDOW
-    mask = tl.where(windows > 0, mask_d, False)
-    xs, xis = load_rows(x_at, next_x, 0, mask, 0.0, False, COMPLEX, WINDOW)
+    xs, xis = load_rows(x_at, next_x, count, mask_d, 0.0, COMPLEX, WINDOW)
     if CONSTANT:
-        logs, logs_i = load_rows(a_at, 0, 0, mask_d, 0.0, False, COMPLEX, 1)
+        logs, logs_i = load_rows(a_at, 0, 1, mask_d, 0.0, COMPLEX, 1)
     else:
-        logs, logs_i = load_rows(a_at, next_a, 0, mask, ONE, False, COMPLEX, WINDOW)
-    for w in range(windows):
-        x_now = xs
-        xi_now = xis
-        a_now = logs
-        ai_now = logs_i
-        # one window ahead
-        x_at += WINDOW * next_x
-        a_at += WINDOW * next_a
-        mask = tl.where(w + 1 < windows, mask_d, False)
-        xs, xis = load_rows(x_at, next_x, 0, mask, 0.0, False, COMPLEX, WINDOW)
-        if not CONSTANT:
-            logs, logs_i = load_rows(a_at, next_a, 0, mask, ONE, False, COMPLEX, WINDOW)
-        h, hi = _forward_window(
-            *(h, hi, x_now, xi_now, a_now, ai_now, h_at, keep_at, next_h, dim, 0, mask_d, False),
+        logs, logs_i = load_rows(a_at, next_a, count, mask_d, ONE, COMPLEX, WINDOW)
+    x_at += WINDOW * next_x
+    a_at += WINDOW * next_a
+    left = count
+    for _ in range(count // WINDOW):
+        h, hi, xs, xis, logs, logs_i, x_at, a_at, h_at = _forward_window(
+            *(h, hi, xs, xis, logs, logs_i, x_at, a_at, h_at, keep_at),
+            *(next_x, next_a, next_h, dim, left, mask_d, False),
             CONSTANT=CONSTANT,
             COMPLEX=COMPLEX,
             KEEP=KEEP,
             WINDOW=WINDOW,
             CHUNK=CHUNK,
         )
-        h_at += WINDOW * next_h
         keep_at += WINDOW // CHUNK * dim * PARTS
-    left = count % WINDOW
+        left -= WINDOW
     if left > 0:
-        xs, xis = load_rows(x_at, next_x, left, mask_d, 0.0, True, COMPLEX, WINDOW)
-        if not CONSTANT:
-            logs, logs_i = load_rows(a_at, next_a, left, mask_d, ONE, True, COMPLEX, WINDOW)
-        h, hi = _forward_window(
-            *(h, hi, xs, xis, logs, logs_i, h_at, keep_at, next_h, dim, left, mask_d, True),
+        h, hi, xs, xis, logs, logs_i, x_at, a_at, h_at = _forward_window(
+            *(h, hi, xs, xis, logs, logs_i, x_at, a_at, h_at, keep_at),
+            *(next_x, next_a, next_h, dim, left, mask_d, True),
             CONSTANT=CONSTANT,
             COMPLEX=COMPLEX,
             KEEP=KEEP,

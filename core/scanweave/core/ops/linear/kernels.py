@@ -1,12 +1,13 @@
 """The linear scan in Triton: forward, and the pre-pass over segments that both directions share.
 
 One program runs one segment of one sequence for a block of channels, a channel a thread, step by
-step with the state in registers; the rows of the next window are loaded while the present one is
-computed. Enough sequences and channels make one segment each. Few long ones are cut: a pre-pass
-finds what every segment does to a state (the product of its decays, and its end from zero), and the
-main pass starts from those of the segments before it, put together in order. No atomics, no flags:
-runs repeat bit by bit. Direction and packing are addressing. A training step keeps the state every
-CHUNK steps, from which the backward computes the others again.
+step with the state in registers. A row of the next window is read as soon as the one in its place
+has been used, so that a whole window is on its way at any time. Enough sequences and channels make
+one segment each. Few long ones are cut: a pre-pass finds what every segment does to a state (the
+product of its decays, and its end from zero), and the main pass starts from those of the segments
+before it, put together in order. No atomics, no flags: runs repeat bit by bit. Direction and
+packing are addressing. A training step keeps the state every CHUNK steps, from which the backward
+computes the others again.
 
 Complex tensors are read as pairs of real ones, and their decays come exponentiated.
 
@@ -89,17 +90,20 @@ def load_pair(ptr, mask, other, COMPLEX: tl.constexpr):
 
 
 @triton.jit
-def load_rows(
-    ptr, next, left, mask_d, other, TAIL: tl.constexpr, COMPLEX: tl.constexpr, WINDOW: tl.constexpr
-):
-    """WINDOW steps' rows, as two tuples of parts; of a tail, `other` behind the first `left`."""
+def with_row(re, im, ptr, mask, other, COMPLEX: tl.constexpr):
+    """Two tuples of parts, and one more row in them."""
+    a, b = load_pair(ptr, mask, other, COMPLEX)
+    return re + (a,), im + (b,)
+
+
+@triton.jit
+def load_rows(ptr, next, left, mask_d, other, COMPLEX: tl.constexpr, ROWS: tl.constexpr):
+    """ROWS steps' rows, as two tuples of parts; `other` behind the first `left`."""
     re = ()
     im = ()
-    for i in tl.static_range(WINDOW):
-        mask = tl.where(i < left, mask_d, False) if TAIL else mask_d
-        a, b = load_pair(ptr + i * next, mask, other, COMPLEX)
-        re = re + (a,)
-        im = im + (b,)
+    for i in tl.static_range(ROWS):
+        mask = tl.where(i < left, mask_d, False)
+        re, im = with_row(re, im, ptr + i * next, mask, other, COMPLEX)
     return re, im
 
 
@@ -170,19 +174,20 @@ def entering(
 
 
 class Plan(NamedTuple):
-    """How a scan is cut: channels a program, segments a sequence, steps a window."""
+    """How a scan is cut: channels a program and segments a sequence."""
 
     block_d: int
     blocks: int
     segments: int
-    window: int
 
 
 # sequences are not cut into segments shorter than this
 SHORTEST = 128
-# a program, one warp, reads this many steps ahead: 2 KB of bfloat16 on their way
-WINDOW = 16
-# an H100's memory needs about 8 KB on their way to a processor; cut sequences are read twice, so
+# a program, one warp, reads this many steps ahead: 4 KB of bfloat16 on their way. A row's address
+# comes from that of the row before: multiples of a stride would be kept in registers
+WINDOW = 32
+WINDOW_COMPLEX = 16
+# an H100's memory needs 16 KB on their way to a processor; cut sequences are read twice, so
 # only fewer programs than this a processor are cut, and then into more than it takes
 PROGRAMS = 3.5
 CUT_PROGRAMS = 8
@@ -204,7 +209,7 @@ def _plan(dim: int, sequences: int, steps: int, processors: int) -> Plan:
         wanted = CUT_PROGRAMS * processors / programs
         while segments < 32 and 2 * segments <= min(2 * wanted, steps / SHORTEST):
             segments *= 2
-    return Plan(block_d, blocks, segments, WINDOW)
+    return Plan(block_d, blocks, segments)
 
 
 def checkpoints_shape(x: Tensor, cu_seqlens: Tensor | None) -> tuple[int, ...]:
@@ -239,7 +244,7 @@ class Call:
             "PACKED": cu_seqlens is not None,
             "REVERSE": reverse,
             "SEGMENTS": self.plan.segments,
-            "WINDOW": self.plan.window,
+            "WINDOW": WINDOW_COMPLEX if x.is_complex() else WINDOW,
             "CHUNK": chunk_of(x),
             "BLOCK_D": self.plan.block_d,
             "num_warps": 1,

@@ -7,6 +7,8 @@ small calls.
 # Triton's own language: constant branches, launch options
 # pyright: reportPossiblyUnboundVariable=false, reportCallIssue=false, reportArgumentType=false
 
+import functools
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -14,9 +16,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ..checks import check_tensor, computing_dtype, on_kernels
-from ..launch import LOG2_E, adjacent, ceil_div, on_device, power_of_2, sigmoid
+from ..launch import LOG2_E, adjacent, ceil_div, on_device, power_of_2, processors, sigmoid
 from . import compiled_step
 from .kernels import load_row, softplus
+
+# programs a multiprocessor below which smaller ones are made
+PROGRAMS = 8
 
 _lib = torch.library.Library("scanweave", "FRAGMENT")
 _lib.define(
@@ -97,6 +102,15 @@ def _step_kernel(
     tl.store(y_ptr + pid_b * dim + offs_d, y.to(y_ptr.dtype.element_ty), mask=mask_d)
 
 
+@functools.lru_cache(maxsize=256)
+def _channels(batch: int, dim: int, block_n: int, processors: int) -> int:
+    """Channels of a program; few where rows are few: its own time is all that counts then."""
+    block_d = max(1, min(64, 1024 // block_n, power_of_2(dim)))
+    while block_d > 4 and batch * ceil_div(dim, block_d) < PROGRAMS * processors:
+        block_d //= 2
+    return block_d
+
+
 def _step_fused(
     state: Tensor,
     x: Tensor,
@@ -116,7 +130,7 @@ def _step_fused(
     x, dt, B, C = (adjacent(v) for v in (x, dt, B, C))
     D, z, dt_bias = (None if v is None else adjacent(v) for v in (D, z, dt_bias))
     block_n = power_of_2(A.shape[1])
-    block_d = max(1, min(64, 1024 // block_n, power_of_2(dim)))
+    block_d = _channels(batch, dim, block_n, processors(x.device))
     blocks = ceil_div(dim, block_d)
     with on_device(x):
         _step_kernel[(batch * blocks,)](
@@ -149,7 +163,7 @@ def _step_fused(
             EVEN_D=dim % block_d == 0,
             BLOCK_N=block_n,
             BLOCK_D=block_d,
-            num_warps=2,
+            num_warps=2 if block_d * block_n > 256 else 1,
             enable_fp_fusion=True,
         )
     return y

@@ -22,6 +22,8 @@ from ..linear.kernels import kept_before, load_rows, part_of
 
 # 12 bytes of state per 8 steps
 CHUNK = 8
+# steps that the forward reads ahead
+WINDOW = 16
 
 
 @triton.jit
@@ -89,6 +91,7 @@ def _forward_kernel(
     PACKED: tl.constexpr,
     REVERSE: tl.constexpr,
     KEEP: tl.constexpr,
+    WINDOW: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -114,23 +117,36 @@ def _forward_kernel(
         u = tl.load(u_ptr + offs, mask=mask_d, other=0.0).to(tl.float32) * LOG2_E
     if CONSTANT:
         fixed = tl.load(w_ptr + offs, mask=mask_d, other=0.0).to(tl.float32) * LOG2_E
-    for c in range(tl.cdiv(count, CHUNK)):
-        left = count - c * CHUNK
-        ks, ks_i = load_rows(
-            k_at, ahead * stride_kl, left, mask_d, float("-inf"), True, False, CHUNK
-        )
-        vs, vs_i = load_rows(v_at, ahead * stride_vl, left, mask_d, 0.0, True, False, CHUNK)
+    next_k = ahead * stride_kl
+    next_v = ahead * stride_vl
+    next_w = ahead * stride_wl
+    ks, ks_i = load_rows(k_at, next_k, count, mask_d, float("-inf"), False, WINDOW)
+    vs, vs_i = load_rows(v_at, next_v, count, mask_d, 0.0, False, WINDOW)
+    if not CONSTANT:
+        ws, ws_i = load_rows(w_at, next_w, count, mask_d, 0.0, False, WINDOW)
+    k_at += WINDOW * next_k
+    v_at += WINDOW * next_v
+    w_at += WINDOW * next_w
+    for c in range(tl.cdiv(count, WINDOW)):
+        left = count - c * WINDOW
+        k_now = ks
+        v_now = vs
+        ks = ()
+        vs = ()
         if not CONSTANT:
-            ws, ws_i = load_rows(w_at, ahead * stride_wl, left, mask_d, 0.0, True, False, CHUNK)
-        if KEEP:
-            _store_state(keep_at, dim, n, d, m, mask_d)
-        for i in tl.static_range(CHUNK):
-            k = ks[i].to(tl.float32) * LOG2_E
-            v = vs[i].to(tl.float32)
+            w_now = ws
+            ws = ()
+        for i in tl.static_range(WINDOW):
+            mask = tl.where(i < left, mask_d, False)
+            if KEEP and i % CHUNK == 0:
+                _store_state(keep_at, dim, n, d, m, mask)
+                keep_at += 3 * dim
+            k = k_now[i].to(tl.float32) * LOG2_E
+            v = v_now[i].to(tl.float32)
             if CONSTANT:
                 w = tl.where(i < left, fixed, 0.0)
             else:
-                w = ws[i].to(tl.float32) * LOG2_E
+                w = w_now[i].to(tl.float32) * LOG2_E
             if HAS_BONUS:
                 top = tl.maximum(m, u + k)
                 past = power(m, top)
@@ -140,13 +156,17 @@ def _forward_kernel(
             else:
                 n, d, m = add_token(n, d, m, k, v, w)
                 y = ratio(n, d)
-            mask = tl.where(i < left, mask_d, False)
-            tl.store(y_at + i * ahead * dim, y.to(y_ptr.dtype.element_ty), mask=mask)
-        k_at += CHUNK * ahead * stride_kl
-        v_at += CHUNK * ahead * stride_vl
-        w_at += CHUNK * ahead * stride_wl
-        y_at += CHUNK * ahead * dim
-        keep_at += 3 * dim
+            tl.store(y_at, y.to(y_ptr.dtype.element_ty), mask=mask)
+            y_at += ahead * dim
+            # the row of the next window, as soon as this one has been used
+            mask = tl.where(WINDOW + i < left, mask_d, False)
+            ks = ks + (tl.load(k_at, mask=mask, other=float("-inf")),)
+            vs = vs + (tl.load(v_at, mask=mask, other=0.0),)
+            k_at += next_k
+            v_at += next_v
+            if not CONSTANT:
+                ws = ws + (tl.load(w_at, mask=mask, other=0.0),)
+                w_at += next_w
     _store_state(final_ptr + pid_s * 3 * dim + offs, dim, n, d, m * LN_2, mask_d)
 
 
@@ -209,23 +229,34 @@ def _backward_kernel(
         u = tl.load(u_ptr + offs, mask=mask_d, other=0.0).to(tl.float32) * LOG2_E
     if CONSTANT:
         fixed = tl.load(w_ptr + offs, mask=mask_d, other=0.0).to(tl.float32) * LOG2_E
+    next_k = ahead * stride_kl
+    next_v = ahead * stride_vl
+    next_w = ahead * stride_wl
+    next_g = ahead * stride_gl
+    # the last chunk, which may be cut short; the others are read while the one after is computed
+    start = (chunks - 1) * CHUNK
+    place = first + (steps - 1 - start if REVERSE else start)
+    k_at = k_ptr + row * stride_kb + place * stride_kl + offs
+    v_at = v_ptr + row * stride_vb + place * stride_vl + offs
+    w_at = w_ptr + row * stride_wb + place * stride_wl + offs
+    g_at = g_ptr + row * stride_gb + place * stride_gl + offs
+    keep_at = keep_ptr + (kept + chunks - 1) * 3 * dim + offs
+    some = tl.where(count > 0, mask_d, False)
+    ks, ks_i = load_rows(k_at, next_k, count - start, some, float("-inf"), False, CHUNK)
+    vs, vs_i = load_rows(v_at, next_v, count - start, some, 0.0, False, CHUNK)
+    gs, gs_i = load_rows(g_at, next_g, count - start, some, 0.0, False, CHUNK)
+    if not CONSTANT:
+        ws, ws_i = load_rows(w_at, next_w, count - start, some, 0.0, False, CHUNK)
+    before_n, before_d, before_m = _load_state(keep_at, dim, some)
+    out = (row * tokens + place + (CHUNK - 1) * ahead) * dim + offs
     for c in range(chunks):
-        start = (chunks - 1 - c) * CHUNK
-        left = count - start
-        place = first + (steps - 1 - start if REVERSE else start)
-        k_at = k_ptr + row * stride_kb + place * stride_kl + offs
-        v_at = v_ptr + row * stride_vb + place * stride_vl + offs
-        g_at = g_ptr + row * stride_gb + place * stride_gl + offs
-        ks, ks_i = load_rows(
-            k_at, ahead * stride_kl, left, mask_d, float("-inf"), True, False, CHUNK
-        )
-        vs, vs_i = load_rows(v_at, ahead * stride_vl, left, mask_d, 0.0, True, False, CHUNK)
-        gs, gs_i = load_rows(g_at, ahead * stride_gl, left, mask_d, 0.0, True, False, CHUNK)
-        if not CONSTANT:
-            w_at = w_ptr + row * stride_wb + place * stride_wl + offs
-            ws, ws_i = load_rows(w_at, ahead * stride_wl, left, mask_d, 0.0, True, False, CHUNK)
-        keep_at = keep_ptr + (kept + chunks - 1 - c) * 3 * dim + offs
-        n, d, m = _load_state(keep_at, dim, mask_d)
+        left = count - (chunks - 1 - c) * CHUNK
+        more = tl.where(c + 1 < chunks, mask_d, False)
+        n = before_n
+        d = before_d
+        m = before_m
+        keep_at -= 3 * dim
+        before_n, before_d, before_m = _load_state(keep_at, dim, more)
         n_rows = (n,)
         d_rows = (d,)
         m_rows = (m,)
@@ -240,11 +271,19 @@ def _backward_kernel(
             m_rows = m_rows + (m,)
         if HAS_DFINAL:  # the gradients of the final state are on its scale
             low = tl.where((c == 0) & (m != float("-inf")), m, low)
-        out = (row * tokens + place) * dim + offs
+        k_now = ks
+        v_now = vs
+        g_now = gs
+        ks = ()
+        vs = ()
+        gs = ()
+        if not CONSTANT:
+            w_now = ws
+            ws = ()
         for j in tl.static_range(CHUNK):
-            k = ks[CHUNK - 1 - j].to(tl.float32) * LOG2_E
-            v = vs[CHUNK - 1 - j].to(tl.float32)
-            g = gs[CHUNK - 1 - j].to(tl.float32)
+            k = k_now[CHUNK - 1 - j].to(tl.float32) * LOG2_E
+            v = v_now[CHUNK - 1 - j].to(tl.float32)
+            g = g_now[CHUNK - 1 - j].to(tl.float32)
             n = n_rows[CHUNK - 1 - j]
             d = d_rows[CHUNK - 1 - j]
             m = m_rows[CHUNK - 1 - j]
@@ -252,7 +291,7 @@ def _backward_kernel(
             if CONSTANT:
                 w = tl.where(real, fixed, 0.0)
             else:
-                w = ws[CHUNK - 1 - j].to(tl.float32) * LOG2_E
+                w = w_now[CHUNK - 1 - j].to(tl.float32) * LOG2_E
             if HAS_BONUS:
                 top = tl.maximum(m, u + k)
                 past = power(m, top)
@@ -286,13 +325,22 @@ def _backward_kernel(
                 ed = ed * power(least, low) - y * g * power(least, top)
                 low = least
             mask = tl.where(real, mask_d, False)
-            at = out + (CHUNK - 1 - j) * ahead * dim
-            tl.store(dk_ptr + at, dk.to(dk_ptr.dtype.element_ty), mask=mask)
-            tl.store(dv_ptr + at, dv.to(dv_ptr.dtype.element_ty), mask=mask)
+            tl.store(dk_ptr + out, dk.to(dk_ptr.dtype.element_ty), mask=mask)
+            tl.store(dv_ptr + out, dv.to(dv_ptr.dtype.element_ty), mask=mask)
             if CONSTANT:
                 dw_sum += tl.where(real, dw, 0.0)
             else:
-                tl.store(dw_ptr + at, dw.to(dw_ptr.dtype.element_ty), mask=mask)
+                tl.store(dw_ptr + out, dw.to(dw_ptr.dtype.element_ty), mask=mask)
+            out -= ahead * dim
+            k_at -= next_k
+            v_at -= next_v
+            g_at -= next_g
+            ks = (tl.load(k_at, mask=more, other=0.0),) + ks
+            vs = (tl.load(v_at, mask=more, other=0.0),) + vs
+            gs = (tl.load(g_at, mask=more, other=0.0),) + gs
+            if not CONSTANT:
+                w_at -= next_w
+                ws = (tl.load(w_at, mask=more, other=0.0),) + ws
     if CONSTANT:
         tl.store(dw_ptr + pid_s * dim + offs, dw_sum, mask=mask_d)
     if HAS_BONUS:
@@ -361,6 +409,7 @@ def forward(
         REVERSE=reverse,
         KEEP=keep_states,
     )
+    options["WINDOW"] = WINDOW
     blocks = ceil_div(dim, int(options["BLOCK_D"]))
     with on_device(k):
         _forward_kernel[(sequences * blocks,)](
