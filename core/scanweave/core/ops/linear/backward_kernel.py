@@ -28,7 +28,6 @@ from .kernels import (
     rows_of,
     store_pair,
     times,
-    with_row,
 )
 from .prefix_kernel import prefixes
 
@@ -65,20 +64,19 @@ def _backward_window(
     COMPLEX: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """A chunk's states again from `h`, then the gradient `e` of its last one back to its first. A
-    row of the chunk before it, where `more_d` says so, is read as soon as that of this one has been
-    used.
+    """A chunk's states again from `h`, then the gradient `e` of its last one back to its first,
+    while the chunk before it is read where `more_d` says so.
     """
     ONE: tl.constexpr = 1.0 if COMPLEX else 0.0
     gs, gis, xs, xis, logs, logs_i = rows
     g_at, x_at, a_at, dx_at, da_at = at
     more_h, more_hi = load_pair(keep_at, more_d, 0.0, COMPLEX)
-    more_gs = ()
-    more_gis = ()
-    more_xs = ()
-    more_xis = ()
-    more_logs = ()
-    more_logs_i = ()
+    more_gs, more_gis, _ = load_rows(g_at, next_g, CHUNK, more_d, 0.0, COMPLEX, CHUNK)
+    more_xs, more_xis, _ = load_rows(x_at, next_x, CHUNK, more_d, 0.0, COMPLEX, CHUNK)
+    more_logs = logs
+    more_logs_i = logs_i
+    if not CONSTANT:
+        more_logs, more_logs_i, _ = load_rows(a_at, next_a, CHUNK, more_d, ONE, COMPLEX, CHUNK)
     decays = ()
     decays_i = ()
     carried = ()  # a[t] h[t-1]
@@ -94,11 +92,6 @@ def _backward_window(
         carried_i = carried_i + (hi,)
         h += xs[i].to(tl.float32)
         hi += xis[i].to(tl.float32)
-        more_xs, more_xis = with_row(more_xs, more_xis, x_at, more_d, 0.0, COMPLEX)
-        x_at += next_x
-        if not CONSTANT:
-            more_logs, more_logs_i = with_row(more_logs, more_logs_i, a_at, more_d, ONE, COMPLEX)
-            a_at += next_a
     for j in tl.static_range(CHUNK):
         s = gs[CHUNK - 1 - j].to(tl.float32) + e
         si = gis[CHUNK - 1 - j].to(tl.float32) + ei
@@ -114,15 +107,8 @@ def _backward_window(
             store_pair(da_at, da, dai, mask, COMPLEX)
             da_at -= next_out
         e, ei = times_conjugate(decays[CHUNK - 1 - j], decays_i[CHUNK - 1 - j], s, si, COMPLEX)
-        g, gi = load_pair(g_at, more_d, 0.0, COMPLEX)
-        g_at -= next_g
-        more_gs = (g,) + more_gs
-        more_gis = (gi,) + more_gis
-    if CONSTANT:
-        more_logs = logs
-        more_logs_i = logs_i
     rows = more_gs, more_gis, more_xs, more_xis, more_logs, more_logs_i
-    at = g_at, x_at - 2 * CHUNK * next_x, a_at - 2 * CHUNK * next_a, dx_at, da_at
+    at = g_at - CHUNK * next_g, x_at - CHUNK * next_x, a_at - CHUNK * next_a, dx_at, da_at
     return e, ei, total, total_i, more_h, more_hi, rows, at
 
 
@@ -201,16 +187,15 @@ def _backward_kernel(
     total = tl.zeros([BLOCK_D], tl.float32)
     total_i = tl.zeros([BLOCK_D], tl.float32)
     mask = tl.where(count > 0, mask_d, False)
-    gs, gis = load_rows(g_at, next_g, count - start, mask, 0.0, COMPLEX, CHUNK)
-    xs, xis = load_rows(x_at, next_x, count - start, mask, 0.0, COMPLEX, CHUNK)
+    gs, gis, _ = load_rows(g_at, next_g, count - start, mask, 0.0, COMPLEX, CHUNK)
+    xs, xis, _ = load_rows(x_at, next_x, count - start, mask, 0.0, COMPLEX, CHUNK)
     if CONSTANT:
-        logs, logs_i = load_rows(a_at, 0, 1, mask_d, 0.0, COMPLEX, 1)
+        logs, logs_i, _ = load_rows(a_at, 0, 1, mask_d, 0.0, COMPLEX, 1)
     else:
-        logs, logs_i = load_rows(a_at, next_a, count - start, mask, ONE, COMPLEX, CHUNK)
+        logs, logs_i, _ = load_rows(a_at, next_a, count - start, mask, ONE, COMPLEX, CHUNK)
     rows = gs, gis, xs, xis, logs, logs_i
     h, hi = load_pair(keep_at, mask, 0.0, COMPLEX)
-    # rows of x and a are read from a chunk's first to its last, those of g from its last
-    g_at -= next_g
+    g_at -= CHUNK * next_g
     x_at -= CHUNK * next_x
     a_at -= CHUNK * next_a
     dx_at += (CHUNK - 1) * next_out

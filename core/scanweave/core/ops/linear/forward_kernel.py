@@ -23,7 +23,6 @@ from .kernels import (
     rows_of,
     store_pair,
     times,
-    with_row,
 )
 from .prefix_kernel import prefixes
 
@@ -53,15 +52,22 @@ def _forward_window(
     WINDOW: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """WINDOW steps of the state, which are stored. A row of the next window, of the `left` steps
-    from here on, is read as soon as that of this one has been used.
+    """WINDOW steps of the state, which are stored, while those of the next window, of the `left`
+    steps from here on, are read.
     """
     PARTS: tl.constexpr = 2 if COMPLEX else 1
     ONE: tl.constexpr = 1.0 if COMPLEX else 0.0
-    more_xs = ()
-    more_xis = ()
-    more_logs = ()
-    more_logs_i = ()
+    more_xs = xs
+    more_xis = xis
+    more_logs = logs
+    more_logs_i = logs_i
+    if not TAIL:
+        more = left - WINDOW
+        more_xs, more_xis, x_at = load_rows(x_at, next_x, more, mask_d, 0.0, COMPLEX, WINDOW)
+        if not CONSTANT:
+            more_logs, more_logs_i, a_at = load_rows(
+                a_at, next_a, more, mask_d, ONE, COMPLEX, WINDOW
+            )
     for i in tl.static_range(WINDOW):
         mask = tl.where(i < left, mask_d, False) if TAIL else mask_d
         if KEEP and i % CHUNK == 0:
@@ -74,19 +80,6 @@ def _forward_window(
         hi += xis[i].to(tl.float32)
         store_pair(h_at, h, hi, mask, COMPLEX)
         h_at += next_h
-        if not TAIL:
-            mask = tl.where(WINDOW + i < left, mask_d, False)
-            more_xs, more_xis = with_row(more_xs, more_xis, x_at, mask, 0.0, COMPLEX)
-            x_at += next_x
-            if not CONSTANT:
-                more_logs, more_logs_i = with_row(more_logs, more_logs_i, a_at, mask, ONE, COMPLEX)
-                a_at += next_a
-    if TAIL:
-        more_xs = xs
-        more_xis = xis
-    if TAIL or CONSTANT:
-        more_logs = logs
-        more_logs_i = logs_i
     return h, hi, more_xs, more_xis, more_logs, more_logs_i, x_at, a_at, h_at
 
 
@@ -152,13 +145,11 @@ def _forward_kernel(
     h_at = h_ptr + (row * tokens + place) * dim * PARTS + offs
     kept = kept_before(pid_s, first, length, PACKED, CHUNK) + begin // CHUNK
     keep_at = keep_ptr + kept * dim * PARTS + offs
-    xs, xis = load_rows(x_at, next_x, count, mask_d, 0.0, COMPLEX, WINDOW)
+    xs, xis, x_at = load_rows(x_at, next_x, count, mask_d, 0.0, COMPLEX, WINDOW)
     if CONSTANT:
-        logs, logs_i = load_rows(a_at, 0, 1, mask_d, 0.0, COMPLEX, 1)
+        logs, logs_i, a_at = load_rows(a_at, 0, 1, mask_d, 0.0, COMPLEX, 1)
     else:
-        logs, logs_i = load_rows(a_at, next_a, count, mask_d, ONE, COMPLEX, WINDOW)
-    x_at += WINDOW * next_x
-    a_at += WINDOW * next_a
+        logs, logs_i, a_at = load_rows(a_at, next_a, count, mask_d, ONE, COMPLEX, WINDOW)
     left = count
     for _ in range(count // WINDOW):
         h, hi, xs, xis, logs, logs_i, x_at, a_at, h_at = _forward_window(

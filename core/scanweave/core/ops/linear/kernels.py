@@ -1,13 +1,12 @@
 """The linear scan in Triton: forward, and the pre-pass over segments that both directions share.
 
 One program runs one segment of one sequence for a block of channels, a channel a thread, step by
-step with the state in registers. A row of the next window is read as soon as the one in its place
-has been used, so that a whole window is on its way at any time. Enough sequences and channels make
-one segment each. Few long ones are cut: a pre-pass finds what every segment does to a state (the
-product of its decays, and its end from zero), and the main pass starts from those of the segments
-before it, put together in order. No atomics, no flags: runs repeat bit by bit. Direction and
-packing are addressing. A training step keeps the state every CHUNK steps, from which the backward
-computes the others again.
+step with the state in registers; the rows of the next window are read while the present one is
+computed. Enough sequences and channels make one segment each. Few long ones are cut: a pre-pass
+finds what every segment does to a state (the product of its decays, and its end from zero), and the
+main pass starts from those of the segments before it, put together in order. No atomics, no flags:
+runs repeat bit by bit. Direction and packing are addressing. A training step keeps the state every
+CHUNK steps, from which the backward computes the others again.
 
 Complex tensors are read as pairs of real ones, and their decays come exponentiated.
 
@@ -90,21 +89,19 @@ def load_pair(ptr, mask, other, COMPLEX: tl.constexpr):
 
 
 @triton.jit
-def with_row(re, im, ptr, mask, other, COMPLEX: tl.constexpr):
-    """Two tuples of parts, and one more row in them."""
-    a, b = load_pair(ptr, mask, other, COMPLEX)
-    return re + (a,), im + (b,)
-
-
-@triton.jit
 def load_rows(ptr, next, left, mask_d, other, COMPLEX: tl.constexpr, ROWS: tl.constexpr):
-    """ROWS steps' rows, as two tuples of parts; `other` behind the first `left`."""
+    """ROWS steps' rows, as two tuples of parts, and where the row behind them is; `other` behind
+    the first `left`.
+    """
     re = ()
     im = ()
     for i in tl.static_range(ROWS):
-        mask = tl.where(i < left, mask_d, False)
-        re, im = with_row(re, im, ptr + i * next, mask, other, COMPLEX)
-    return re, im
+        a, b = load_pair(ptr, tl.where(i < left, mask_d, False), other, COMPLEX)
+        re = re + (a,)
+        im = im + (b,)
+        # not ptr + i * next: those multiples would be kept in registers
+        ptr += next
+    return re, im, ptr
 
 
 @triton.jit
@@ -183,8 +180,7 @@ class Plan(NamedTuple):
 
 # sequences are not cut into segments shorter than this
 SHORTEST = 128
-# a program, one warp, reads this many steps ahead: 4 KB of bfloat16 on their way. A row's address
-# comes from that of the row before: multiples of a stride would be kept in registers
+# a program, one warp, reads this many steps ahead: 4 KB of bfloat16 on their way
 WINDOW = 32
 WINDOW_COMPLEX = 16
 # an H100's memory needs 16 KB on their way to a processor; cut sequences are read twice, so

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import batch_stride
-from .kernels import Call, decay_of, load_rows, part_of, store_pair, times, with_row
+from .kernels import Call, decay_of, load_rows, part_of, store_pair, times
 
 
 @triton.jit
@@ -38,14 +38,21 @@ def _prefix_window(
     ADJOINT: tl.constexpr,
     WINDOW: tl.constexpr,
 ):
-    """WINDOW steps of a state from zero and of the product of decays. A row of the next window, of
-    the `left` steps from here on, is read as soon as that of this one has been used.
+    """WINDOW steps of a state from zero and of the product of decays, while those of the next
+    window, of the `left` steps from here on, are read.
     """
     ONE: tl.constexpr = 1.0 if COMPLEX else 0.0
-    more_xs = ()
-    more_xis = ()
-    more_logs = ()
-    more_logs_i = ()
+    more_xs = xs
+    more_xis = xis
+    more_logs = logs
+    more_logs_i = logs_i
+    if not TAIL:
+        more = left - WINDOW
+        more_xs, more_xis, x_at = load_rows(x_at, next_x, more, mask_d, 0.0, COMPLEX, WINDOW)
+        if not CONSTANT:
+            more_logs, more_logs_i, a_at = load_rows(
+                a_at, next_a, more, mask_d, ONE, COMPLEX, WINDOW
+            )
     for i in tl.static_range(WINDOW):
         b, bi = decay_of(
             logs[0 if CONSTANT else i], logs_i[0 if CONSTANT else i], left, i, TAIL, COMPLEX
@@ -59,19 +66,6 @@ def _prefix_window(
             h += xs[i].to(tl.float32)
             hi += xis[i].to(tl.float32)
         p, pi = times(b, bi, p, pi, COMPLEX)
-        if not TAIL:
-            mask = tl.where(WINDOW + i < left, mask_d, False)
-            more_xs, more_xis = with_row(more_xs, more_xis, x_at, mask, 0.0, COMPLEX)
-            x_at += next_x
-            if not CONSTANT:
-                more_logs, more_logs_i = with_row(more_logs, more_logs_i, a_at, mask, ONE, COMPLEX)
-                a_at += next_a
-    if TAIL:
-        more_xs = xs
-        more_xis = xis
-    if TAIL or CONSTANT:
-        more_logs = logs
-        more_logs_i = logs_i
     return h, hi, p, pi, more_xs, more_xis, more_logs, more_logs_i, x_at, a_at
 
 
@@ -120,13 +114,11 @@ def _prefix_kernel(
     hi = tl.zeros([BLOCK_D], tl.float32)
     p = h + 1.0
     pi = tl.zeros([BLOCK_D], tl.float32)
-    xs, xis = load_rows(x_at, next_x, count, mask_d, 0.0, COMPLEX, WINDOW)
+    xs, xis, x_at = load_rows(x_at, next_x, count, mask_d, 0.0, COMPLEX, WINDOW)
     if CONSTANT:
-        logs, logs_i = load_rows(a_at, 0, 1, mask_d, 0.0, COMPLEX, 1)
+        logs, logs_i, a_at = load_rows(a_at, 0, 1, mask_d, 0.0, COMPLEX, 1)
     else:
-        logs, logs_i = load_rows(a_at, next_a, count, mask_d, ONE, COMPLEX, WINDOW)
-    x_at += WINDOW * next_x
-    a_at += WINDOW * next_a
+        logs, logs_i, a_at = load_rows(a_at, next_a, count, mask_d, ONE, COMPLEX, WINDOW)
     left = count
     for _ in range(count // WINDOW):
         h, hi, p, pi, xs, xis, logs, logs_i, x_at, a_at = _prefix_window(

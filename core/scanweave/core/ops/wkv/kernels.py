@@ -120,22 +120,21 @@ def _forward_kernel(
     next_k = ahead * stride_kl
     next_v = ahead * stride_vl
     next_w = ahead * stride_wl
-    ks, ks_i = load_rows(k_at, next_k, count, mask_d, float("-inf"), False, WINDOW)
-    vs, vs_i = load_rows(v_at, next_v, count, mask_d, 0.0, False, WINDOW)
+    ks, ks_i, k_at = load_rows(k_at, next_k, count, mask_d, float("-inf"), False, WINDOW)
+    vs, vs_i, v_at = load_rows(v_at, next_v, count, mask_d, 0.0, False, WINDOW)
     if not CONSTANT:
-        ws, ws_i = load_rows(w_at, next_w, count, mask_d, 0.0, False, WINDOW)
-    k_at += WINDOW * next_k
-    v_at += WINDOW * next_v
-    w_at += WINDOW * next_w
+        ws, ws_i, w_at = load_rows(w_at, next_w, count, mask_d, 0.0, False, WINDOW)
     for c in range(tl.cdiv(count, WINDOW)):
         left = count - c * WINDOW
         k_now = ks
         v_now = vs
-        ks = ()
-        vs = ()
+        # the next window, while this one is computed
+        more = left - WINDOW
+        ks, ks_i, k_at = load_rows(k_at, next_k, more, mask_d, float("-inf"), False, WINDOW)
+        vs, vs_i, v_at = load_rows(v_at, next_v, more, mask_d, 0.0, False, WINDOW)
         if not CONSTANT:
             w_now = ws
-            ws = ()
+            ws, ws_i, w_at = load_rows(w_at, next_w, more, mask_d, 0.0, False, WINDOW)
         for i in tl.static_range(WINDOW):
             mask = tl.where(i < left, mask_d, False)
             if KEEP and i % CHUNK == 0:
@@ -158,15 +157,6 @@ def _forward_kernel(
                 y = ratio(n, d)
             tl.store(y_at, y.to(y_ptr.dtype.element_ty), mask=mask)
             y_at += ahead * dim
-            # the row of the next window, as soon as this one has been used
-            mask = tl.where(WINDOW + i < left, mask_d, False)
-            ks = ks + (tl.load(k_at, mask=mask, other=float("-inf")),)
-            vs = vs + (tl.load(v_at, mask=mask, other=0.0),)
-            k_at += next_k
-            v_at += next_v
-            if not CONSTANT:
-                ws = ws + (tl.load(w_at, mask=mask, other=0.0),)
-                w_at += next_w
     _store_state(final_ptr + pid_s * 3 * dim + offs, dim, n, d, m * LN_2, mask_d)
 
 
@@ -242,11 +232,11 @@ def _backward_kernel(
     g_at = g_ptr + row * stride_gb + place * stride_gl + offs
     keep_at = keep_ptr + (kept + chunks - 1) * 3 * dim + offs
     some = tl.where(count > 0, mask_d, False)
-    ks, ks_i = load_rows(k_at, next_k, count - start, some, float("-inf"), False, CHUNK)
-    vs, vs_i = load_rows(v_at, next_v, count - start, some, 0.0, False, CHUNK)
-    gs, gs_i = load_rows(g_at, next_g, count - start, some, 0.0, False, CHUNK)
+    ks, ks_i, _ = load_rows(k_at, next_k, count - start, some, float("-inf"), False, CHUNK)
+    vs, vs_i, _ = load_rows(v_at, next_v, count - start, some, 0.0, False, CHUNK)
+    gs, gs_i, _ = load_rows(g_at, next_g, count - start, some, 0.0, False, CHUNK)
     if not CONSTANT:
-        ws, ws_i = load_rows(w_at, next_w, count - start, some, 0.0, False, CHUNK)
+        ws, ws_i, _ = load_rows(w_at, next_w, count - start, some, 0.0, False, CHUNK)
     before_n, before_d, before_m = _load_state(keep_at, dim, some)
     out = (row * tokens + place + (CHUNK - 1) * ahead) * dim + offs
     for c in range(chunks):
@@ -255,7 +245,21 @@ def _backward_kernel(
         n = before_n
         d = before_d
         m = before_m
+        k_now = ks
+        v_now = vs
+        g_now = gs
+        # the chunk before, while this one is computed
+        k_at -= CHUNK * next_k
+        v_at -= CHUNK * next_v
+        g_at -= CHUNK * next_g
         keep_at -= 3 * dim
+        ks, ks_i, _ = load_rows(k_at, next_k, CHUNK, more, 0.0, False, CHUNK)
+        vs, vs_i, _ = load_rows(v_at, next_v, CHUNK, more, 0.0, False, CHUNK)
+        gs, gs_i, _ = load_rows(g_at, next_g, CHUNK, more, 0.0, False, CHUNK)
+        if not CONSTANT:
+            w_now = ws
+            w_at -= CHUNK * next_w
+            ws, ws_i, _ = load_rows(w_at, next_w, CHUNK, more, 0.0, False, CHUNK)
         before_n, before_d, before_m = _load_state(keep_at, dim, more)
         n_rows = (n,)
         d_rows = (d,)
@@ -264,22 +268,14 @@ def _backward_kernel(
             if CONSTANT:
                 w = tl.where(i < left, fixed, 0.0)
             else:
-                w = ws[i].to(tl.float32) * LOG2_E
-            n, d, m = add_token(n, d, m, ks[i].to(tl.float32) * LOG2_E, vs[i].to(tl.float32), w)
+                w = w_now[i].to(tl.float32) * LOG2_E
+            k = k_now[i].to(tl.float32) * LOG2_E
+            n, d, m = add_token(n, d, m, k, v_now[i].to(tl.float32), w)
             n_rows = n_rows + (n,)
             d_rows = d_rows + (d,)
             m_rows = m_rows + (m,)
         if HAS_DFINAL:  # the gradients of the final state are on its scale
             low = tl.where((c == 0) & (m != float("-inf")), m, low)
-        k_now = ks
-        v_now = vs
-        g_now = gs
-        ks = ()
-        vs = ()
-        gs = ()
-        if not CONSTANT:
-            w_now = ws
-            ws = ()
         for j in tl.static_range(CHUNK):
             k = k_now[CHUNK - 1 - j].to(tl.float32) * LOG2_E
             v = v_now[CHUNK - 1 - j].to(tl.float32)
@@ -332,15 +328,6 @@ def _backward_kernel(
             else:
                 tl.store(dw_ptr + out, dw.to(dw_ptr.dtype.element_ty), mask=mask)
             out -= ahead * dim
-            k_at -= next_k
-            v_at -= next_v
-            g_at -= next_g
-            ks = (tl.load(k_at, mask=more, other=0.0),) + ks
-            vs = (tl.load(v_at, mask=more, other=0.0),) + vs
-            gs = (tl.load(g_at, mask=more, other=0.0),) + gs
-            if not CONSTANT:
-                w_at -= next_w
-                ws = (tl.load(w_at, mask=more, other=0.0),) + ws
     if CONSTANT:
         tl.store(dw_ptr + pid_s * dim + offs, dw_sum, mask=mask_d)
     if HAS_BONUS:
