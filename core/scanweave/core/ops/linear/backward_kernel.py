@@ -8,7 +8,7 @@ partial sums that PyTorch adds. Letters and cuts: `kernels.py`; equations: `port
 # pyright: reportPossiblyUnboundVariable=false, reportGeneralTypeIssues=false, reportCallIssue=false
 # pyright: reportArgumentType=false, reportOperatorIssue=false, reportIndexIssue=false
 # pyright: reportAttributeAccessIssue=false, reportAssignmentType=false
-# ruff: noqa: RUF005
+# ruff: noqa: RUF005, RUF059
 
 import torch
 import triton
@@ -23,6 +23,7 @@ from .kernels import (
     kept_before,
     load_pair,
     load_rows,
+    no_rows,
     part_of,
     real,
     rows_of,
@@ -50,40 +51,28 @@ def _backward_window(
     h,
     hi,
     rows,
-    at,
-    keep_at,
-    next_g,
-    next_x,
-    next_a,
+    dx_at,
+    da_at,
     next_out,
     left,
     mask_d,
-    more_d,
-    TAIL: tl.constexpr,
     CONSTANT: tl.constexpr,
     COMPLEX: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """A chunk's states again from `h`, then the gradient `e` of its last one back to its first,
-    while the chunk before it is read where `more_d` says so.
+    """A chunk's states again from `h`, then the gradient `e` of its last one back to its first; the
+    first `left` steps of the chunk are there.
     """
-    ONE: tl.constexpr = 1.0 if COMPLEX else 0.0
     gs, gis, xs, xis, logs, logs_i = rows
-    g_at, x_at, a_at, dx_at, da_at = at
-    more_h, more_hi = load_pair(keep_at, more_d, 0.0, COMPLEX)
-    more_gs, more_gis, _ = load_rows(g_at, next_g, CHUNK, more_d, 0.0, COMPLEX, CHUNK)
-    more_xs, more_xis, _ = load_rows(x_at, next_x, CHUNK, more_d, 0.0, COMPLEX, CHUNK)
-    more_logs = logs
-    more_logs_i = logs_i
-    if not CONSTANT:
-        more_logs, more_logs_i, _ = load_rows(a_at, next_a, CHUNK, more_d, ONE, COMPLEX, CHUNK)
     decays = ()
     decays_i = ()
     carried = ()  # a[t] h[t-1]
     carried_i = ()
     for i in tl.static_range(CHUNK):
         b, bi = decay_of(
-            logs[0 if CONSTANT else i], logs_i[0 if CONSTANT else i], left, i, TAIL, COMPLEX
+            *(logs[0 if CONSTANT else i], logs_i[0 if CONSTANT else i], left, i),
+            CONSTANT=CONSTANT,
+            COMPLEX=COMPLEX,
         )
         h, hi = times(b, bi, h, hi, COMPLEX)
         decays = decays + (b,)
@@ -96,20 +85,18 @@ def _backward_window(
         s = gs[CHUNK - 1 - j].to(tl.float32) + e
         si = gis[CHUNK - 1 - j].to(tl.float32) + ei
         da, dai = times_conjugate(carried[CHUNK - 1 - j], carried_i[CHUNK - 1 - j], s, si, COMPLEX)
-        valid = CHUNK - 1 - j < left if TAIL else True
-        mask = tl.where(valid, mask_d, False) if TAIL else mask_d
+        valid = CHUNK - 1 - j < left
+        mask = tl.where(valid, mask_d, False)
         store_pair(dx_at, s, si, mask, COMPLEX)
         dx_at -= next_out
         if CONSTANT:
-            total += tl.where(valid, da, 0.0) if TAIL else da
-            total_i += tl.where(valid, dai, 0.0) if TAIL else dai
+            total += tl.where(valid, da, 0.0)
+            total_i += tl.where(valid, dai, 0.0)
         else:
             store_pair(da_at, da, dai, mask, COMPLEX)
             da_at -= next_out
         e, ei = times_conjugate(decays[CHUNK - 1 - j], decays_i[CHUNK - 1 - j], s, si, COMPLEX)
-    rows = more_gs, more_gis, more_xs, more_xis, more_logs, more_logs_i
-    at = g_at - CHUNK * next_g, x_at - CHUNK * next_x, a_at - CHUNK * next_a, dx_at, da_at
-    return e, ei, total, total_i, more_h, more_hi, rows, at
+    return e, ei, total, total_i, dx_at, da_at
 
 
 @triton.jit(do_not_specialize=["length", "tokens"])
@@ -171,57 +158,52 @@ def _backward_kernel(
     next_x = ahead * stride_xl
     next_a = ahead * stride_al
     next_out = ahead * dim * PARTS
-    # a tail that is not a whole chunk is the first to be walked
-    chunks = count // CHUNK
-    left = count % CHUNK
-    start = (tl.cdiv(count, CHUNK) - 1) * CHUNK
+    # the last chunk, which may be cut short, is the first to be walked
+    chunks = tl.cdiv(count, CHUNK)
+    start = (chunks - 1) * CHUNK
     place = first + (steps - 1 - begin - start if REVERSE else begin + start)
     g_at = g_ptr + row * stride_gb + place * stride_gl + offs
     x_at = x_ptr + row * stride_xb + place * stride_xl + offs
     a_at = a_ptr + row * stride_ab + place * stride_al + offs
-    out = (row * tokens + place) * dim * PARTS
+    out = (row * tokens + place) * dim * PARTS + (CHUNK - 1) * next_out
     dx_at = dx_ptr + out + offs
     da_at = da_ptr + out + offs
     kept = kept_before(pid_s, first, length, PACKED, CHUNK) + (begin + start) // CHUNK
     keep_at = keep_ptr + kept * dim * PARTS + offs
     total = tl.zeros([BLOCK_D], tl.float32)
     total_i = tl.zeros([BLOCK_D], tl.float32)
-    mask = tl.where(count > 0, mask_d, False)
-    gs, gis, _ = load_rows(g_at, next_g, count - start, mask, 0.0, COMPLEX, CHUNK)
-    xs, xis, _ = load_rows(x_at, next_x, count - start, mask, 0.0, COMPLEX, CHUNK)
+    h = tl.zeros([BLOCK_D], tl.float32)
+    hi = tl.zeros([BLOCK_D], tl.float32)
+    gs, gis = no_rows(g_ptr, BLOCK_D, COMPLEX, CHUNK)
+    xs, xis = no_rows(x_ptr, BLOCK_D, COMPLEX, CHUNK)
     if CONSTANT:
-        logs, logs_i, _ = load_rows(a_at, 0, 1, mask_d, 0.0, COMPLEX, 1)
+        logs, logs_i, a_end = load_rows(a_at, 0, 1, mask_d, 0.0, COMPLEX, 1)
     else:
-        logs, logs_i, _ = load_rows(a_at, next_a, count - start, mask, ONE, COMPLEX, CHUNK)
-    rows = gs, gis, xs, xis, logs, logs_i
-    h, hi = load_pair(keep_at, mask, 0.0, COMPLEX)
-    g_at -= CHUNK * next_g
-    x_at -= CHUNK * next_x
-    a_at -= CHUNK * next_a
-    dx_at += (CHUNK - 1) * next_out
-    da_at += (CHUNK - 1) * next_out
-    keep_at -= dim * PARTS
-    at = g_at, x_at, a_at, dx_at, da_at
-    if left > 0:
-        e, ei, total, total_i, h, hi, rows, at = _backward_window(
-            *(e, ei, total, total_i, h, hi, rows, at, keep_at),
-            *(next_g, next_x, next_a, next_out, left),
-            *(mask_d, tl.where(chunks > 0, mask_d, False), True),
-            CONSTANT=CONSTANT,
-            COMPLEX=COMPLEX,
-            CHUNK=CHUNK,
-        )
+        logs, logs_i = no_rows(a_ptr, BLOCK_D, COMPLEX, CHUNK)
+    for c in range(-1, chunks):
+        rows = gs, gis, xs, xis, logs, logs_i
+        h_now = h
+        hi_now = hi
+        # the chunk before this one
+        mask = tl.where(c + 1 < chunks, mask_d, False)
+        more = count - start + (c + 1) * CHUNK
+        gs, gis, g_end = load_rows(g_at, next_g, more, mask, 0.0, COMPLEX, CHUNK)
+        xs, xis, x_end = load_rows(x_at, next_x, more, mask, 0.0, COMPLEX, CHUNK)
+        g_at -= CHUNK * next_g
+        x_at -= CHUNK * next_x
+        if not CONSTANT:
+            logs, logs_i, a_end = load_rows(a_at, next_a, more, mask, ONE, COMPLEX, CHUNK)
+            a_at -= CHUNK * next_a
+        h, hi = load_pair(keep_at, mask, 0.0, COMPLEX)
         keep_at -= dim * PARTS
-    for w in range(chunks):
-        e, ei, total, total_i, h, hi, rows, at = _backward_window(
-            *(e, ei, total, total_i, h, hi, rows, at, keep_at),
-            *(next_g, next_x, next_a, next_out, 0),
-            *(mask_d, tl.where(w + 1 < chunks, mask_d, False), False),
-            CONSTANT=CONSTANT,
-            COMPLEX=COMPLEX,
-            CHUNK=CHUNK,
-        )
-        keep_at -= dim * PARTS
+        if c >= 0:
+            e, ei, total, total_i, dx_at, da_at = _backward_window(
+                *(e, ei, total, total_i, h_now, hi_now, rows, dx_at, da_at),
+                *(next_out, more - CHUNK, mask_d),
+                CONSTANT=CONSTANT,
+                COMPLEX=COMPLEX,
+                CHUNK=CHUNK,
+            )
     if CONSTANT:
         at = (pid_s * SEGMENTS + segment) * dim * PARTS + offs
         store_pair(da_ptr + at, total, total_i, mask_d, COMPLEX)

@@ -18,6 +18,7 @@ from .kernels import (
     kept_before,
     load_pair,
     load_rows,
+    no_rows,
     part_of,
     real,
     rows_of,
@@ -35,52 +36,36 @@ def _forward_window(
     xis,
     logs,
     logs_i,
-    x_at,
-    a_at,
     h_at,
     keep_at,
-    next_x,
-    next_a,
     next_h,
     dim,
     left,
     mask_d,
-    TAIL: tl.constexpr,
     CONSTANT: tl.constexpr,
     COMPLEX: tl.constexpr,
     KEEP: tl.constexpr,
     WINDOW: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """WINDOW steps of the state, which are stored, while those of the next window, of the `left`
-    steps from here on, are read.
-    """
+    """WINDOW steps of the state, the first `left` of which are there, and stored."""
     PARTS: tl.constexpr = 2 if COMPLEX else 1
-    ONE: tl.constexpr = 1.0 if COMPLEX else 0.0
-    more_xs = xs
-    more_xis = xis
-    more_logs = logs
-    more_logs_i = logs_i
-    if not TAIL:
-        more = left - WINDOW
-        more_xs, more_xis, x_at = load_rows(x_at, next_x, more, mask_d, 0.0, COMPLEX, WINDOW)
-        if not CONSTANT:
-            more_logs, more_logs_i, a_at = load_rows(
-                a_at, next_a, more, mask_d, ONE, COMPLEX, WINDOW
-            )
     for i in tl.static_range(WINDOW):
-        mask = tl.where(i < left, mask_d, False) if TAIL else mask_d
+        mask = tl.where(i < left, mask_d, False)
         if KEEP and i % CHUNK == 0:
-            store_pair(keep_at + i // CHUNK * dim * PARTS, h, hi, mask, COMPLEX)
+            store_pair(keep_at, h, hi, mask, COMPLEX)
+            keep_at += dim * PARTS
         b, bi = decay_of(
-            logs[0 if CONSTANT else i], logs_i[0 if CONSTANT else i], left, i, TAIL, COMPLEX
+            *(logs[0 if CONSTANT else i], logs_i[0 if CONSTANT else i], left, i),
+            CONSTANT=CONSTANT,
+            COMPLEX=COMPLEX,
         )
         h, hi = times(b, bi, h, hi, COMPLEX)
         h += xs[i].to(tl.float32)
         hi += xis[i].to(tl.float32)
         store_pair(h_at, h, hi, mask, COMPLEX)
         h_at += next_h
-    return h, hi, more_xs, more_xis, more_logs, more_logs_i, x_at, a_at, h_at
+    return h, hi, h_at, keep_at
 
 
 @triton.jit(do_not_specialize=["length", "tokens"])
@@ -145,34 +130,31 @@ def _forward_kernel(
     h_at = h_ptr + (row * tokens + place) * dim * PARTS + offs
     kept = kept_before(pid_s, first, length, PACKED, CHUNK) + begin // CHUNK
     keep_at = keep_ptr + kept * dim * PARTS + offs
-    xs, xis, x_at = load_rows(x_at, next_x, count, mask_d, 0.0, COMPLEX, WINDOW)
+    xs, xis = no_rows(x_ptr, BLOCK_D, COMPLEX, WINDOW)
     if CONSTANT:
         logs, logs_i, a_at = load_rows(a_at, 0, 1, mask_d, 0.0, COMPLEX, 1)
     else:
-        logs, logs_i, a_at = load_rows(a_at, next_a, count, mask_d, ONE, COMPLEX, WINDOW)
-    left = count
-    for _ in range(count // WINDOW):
-        h, hi, xs, xis, logs, logs_i, x_at, a_at, h_at = _forward_window(
-            *(h, hi, xs, xis, logs, logs_i, x_at, a_at, h_at, keep_at),
-            *(next_x, next_a, next_h, dim, left, mask_d, False),
-            CONSTANT=CONSTANT,
-            COMPLEX=COMPLEX,
-            KEEP=KEEP,
-            WINDOW=WINDOW,
-            CHUNK=CHUNK,
-        )
-        keep_at += WINDOW // CHUNK * dim * PARTS
-        left -= WINDOW
-    if left > 0:
-        h, hi, xs, xis, logs, logs_i, x_at, a_at, h_at = _forward_window(
-            *(h, hi, xs, xis, logs, logs_i, x_at, a_at, h_at, keep_at),
-            *(next_x, next_a, next_h, dim, left, mask_d, True),
-            CONSTANT=CONSTANT,
-            COMPLEX=COMPLEX,
-            KEEP=KEEP,
-            WINDOW=WINDOW,
-            CHUNK=CHUNK,
-        )
+        logs, logs_i = no_rows(a_ptr, BLOCK_D, COMPLEX, WINDOW)
+    for w in range(-1, tl.cdiv(count, WINDOW)):
+        x_now = xs
+        xi_now = xis
+        a_now = logs
+        ai_now = logs_i
+        # one window ahead
+        left = count - (w + 1) * WINDOW
+        xs, xis, x_at = load_rows(x_at, next_x, left, mask_d, 0.0, COMPLEX, WINDOW)
+        if not CONSTANT:
+            logs, logs_i, a_at = load_rows(a_at, next_a, left, mask_d, ONE, COMPLEX, WINDOW)
+        if w >= 0:
+            h, hi, h_at, keep_at = _forward_window(
+                *(h, hi, x_now, xi_now, a_now, ai_now, h_at, keep_at),
+                *(next_h, dim, left + WINDOW, mask_d),
+                CONSTANT=CONSTANT,
+                COMPLEX=COMPLEX,
+                KEEP=KEEP,
+                WINDOW=WINDOW,
+                CHUNK=CHUNK,
+            )
     if segment == SEGMENTS - 1:
         store_pair(final_ptr + pid_s * dim * PARTS + offs, h, hi, mask_d, COMPLEX)
 

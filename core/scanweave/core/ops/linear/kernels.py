@@ -89,6 +89,18 @@ def load_pair(ptr, mask, other, COMPLEX: tl.constexpr):
 
 
 @triton.jit
+def no_rows(ptr, BLOCK_D: tl.constexpr, COMPLEX: tl.constexpr, ROWS: tl.constexpr):
+    """As `load_rows`, without reading: what there is before the first window."""
+    re = ()
+    im = ()
+    for _ in tl.static_range(ROWS):
+        zero = tl.zeros([BLOCK_D], ptr.dtype.element_ty)
+        re = re + (zero,)
+        im = im + (zero,)
+    return re, im
+
+
+@triton.jit
 def load_rows(ptr, next, left, mask_d, other, COMPLEX: tl.constexpr, ROWS: tl.constexpr):
     """ROWS steps' rows, as two tuples of parts, and where the row behind them is; `other` behind
     the first `left`.
@@ -122,11 +134,13 @@ def times(a, ai, h, hi, COMPLEX: tl.constexpr):
 
 
 @triton.jit
-def decay_of(a, ai, left, i: tl.constexpr, TAIL: tl.constexpr, COMPLEX: tl.constexpr):
-    """The decay from what was loaded; 1 past the end, where constant ones do not end."""
+def decay_of(a, ai, left, i: tl.constexpr, CONSTANT: tl.constexpr, COMPLEX: tl.constexpr):
+    """The decay of step i from what was loaded: 1 behind the first `left` steps, where constant
+    ones do not end.
+    """
     if not COMPLEX:
         a = tl.exp2(a.to(tl.float32) * LOG2_E)
-    if TAIL:
+    if CONSTANT:
         a = tl.where(i < left, a, 1.0)
         if COMPLEX:
             ai = tl.where(i < left, ai, 0.0)

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import batch_stride
-from .kernels import Call, decay_of, load_rows, part_of, store_pair, times
+from .kernels import Call, decay_of, load_rows, no_rows, part_of, store_pair, times
 
 
 @triton.jit
@@ -26,36 +26,18 @@ def _prefix_window(
     xis,
     logs,
     logs_i,
-    x_at,
-    a_at,
-    next_x,
-    next_a,
     left,
-    mask_d,
-    TAIL: tl.constexpr,
     CONSTANT: tl.constexpr,
     COMPLEX: tl.constexpr,
     ADJOINT: tl.constexpr,
     WINDOW: tl.constexpr,
 ):
-    """WINDOW steps of a state from zero and of the product of decays, while those of the next
-    window, of the `left` steps from here on, are read.
-    """
-    ONE: tl.constexpr = 1.0 if COMPLEX else 0.0
-    more_xs = xs
-    more_xis = xis
-    more_logs = logs
-    more_logs_i = logs_i
-    if not TAIL:
-        more = left - WINDOW
-        more_xs, more_xis, x_at = load_rows(x_at, next_x, more, mask_d, 0.0, COMPLEX, WINDOW)
-        if not CONSTANT:
-            more_logs, more_logs_i, a_at = load_rows(
-                a_at, next_a, more, mask_d, ONE, COMPLEX, WINDOW
-            )
+    """WINDOW steps, of which the first `left` are there, of a state and the product of decays."""
     for i in tl.static_range(WINDOW):
         b, bi = decay_of(
-            logs[0 if CONSTANT else i], logs_i[0 if CONSTANT else i], left, i, TAIL, COMPLEX
+            *(logs[0 if CONSTANT else i], logs_i[0 if CONSTANT else i], left, i),
+            CONSTANT=CONSTANT,
+            COMPLEX=COMPLEX,
         )
         if ADJOINT:
             if COMPLEX:
@@ -66,7 +48,7 @@ def _prefix_window(
             h += xs[i].to(tl.float32)
             hi += xis[i].to(tl.float32)
         p, pi = times(b, bi, p, pi, COMPLEX)
-    return h, hi, p, pi, more_xs, more_xis, more_logs, more_logs_i, x_at, a_at
+    return h, hi, p, pi
 
 
 @triton.jit(do_not_specialize=["length"])
@@ -114,31 +96,29 @@ def _prefix_kernel(
     hi = tl.zeros([BLOCK_D], tl.float32)
     p = h + 1.0
     pi = tl.zeros([BLOCK_D], tl.float32)
-    xs, xis, x_at = load_rows(x_at, next_x, count, mask_d, 0.0, COMPLEX, WINDOW)
+    xs, xis = no_rows(x_ptr, BLOCK_D, COMPLEX, WINDOW)
     if CONSTANT:
         logs, logs_i, a_at = load_rows(a_at, 0, 1, mask_d, 0.0, COMPLEX, 1)
     else:
-        logs, logs_i, a_at = load_rows(a_at, next_a, count, mask_d, ONE, COMPLEX, WINDOW)
-    left = count
-    for _ in range(count // WINDOW):
-        h, hi, p, pi, xs, xis, logs, logs_i, x_at, a_at = _prefix_window(
-            *(h, hi, p, pi, xs, xis, logs, logs_i),
-            *(x_at, a_at, next_x, next_a, left, mask_d, False),
-            CONSTANT=CONSTANT,
-            COMPLEX=COMPLEX,
-            ADJOINT=ADJOINT,
-            WINDOW=WINDOW,
-        )
-        left -= WINDOW
-    if left > 0:
-        h, hi, p, pi, xs, xis, logs, logs_i, x_at, a_at = _prefix_window(
-            *(h, hi, p, pi, xs, xis, logs, logs_i),
-            *(x_at, a_at, next_x, next_a, left, mask_d, True),
-            CONSTANT=CONSTANT,
-            COMPLEX=COMPLEX,
-            ADJOINT=ADJOINT,
-            WINDOW=WINDOW,
-        )
+        logs, logs_i = no_rows(a_ptr, BLOCK_D, COMPLEX, WINDOW)
+    for w in range(-1, tl.cdiv(count, WINDOW)):
+        x_now = xs
+        xi_now = xis
+        a_now = logs
+        ai_now = logs_i
+        # one window ahead
+        left = count - (w + 1) * WINDOW
+        xs, xis, x_at = load_rows(x_at, next_x, left, mask_d, 0.0, COMPLEX, WINDOW)
+        if not CONSTANT:
+            logs, logs_i, a_at = load_rows(a_at, next_a, left, mask_d, ONE, COMPLEX, WINDOW)
+        if w >= 0:
+            h, hi, p, pi = _prefix_window(
+                *(h, hi, p, pi, x_now, xi_now, a_now, ai_now, left + WINDOW),
+                CONSTANT=CONSTANT,
+                COMPLEX=COMPLEX,
+                ADJOINT=ADJOINT,
+                WINDOW=WINDOW,
+            )
     out = (pid_s * SEGMENTS + segment) * dim * PARTS + offs
     store_pair(ends_ptr + out, h, hi, mask_d, COMPLEX)
     store_pair(products_ptr + out, p, pi, mask_d, COMPLEX)
