@@ -29,7 +29,7 @@ from torch import Tensor
 from ..launch import LOG2_E, adjacent, batch_stride, ceil_div, power_of_2, processors
 
 # one kept state per 16 steps: a quarter of a byte an element, 4% of a bfloat16 forward's traffic
-CHUNK = 16
+CHUNK = 24
 # pairs take twice the registers: chunks of 16 spill in the backward
 CHUNK_COMPLEX = 8
 
@@ -195,7 +195,7 @@ class Plan(NamedTuple):
 # sequences are not cut into segments shorter than this
 SHORTEST = 128
 # a program, one warp, reads this many steps ahead: 4 KB of bfloat16 on their way
-WINDOW = 32
+WINDOW = 48
 WINDOW_COMPLEX = 16
 # an H100's memory needs 16 KB on their way to a processor; cut sequences are read twice, so
 # only fewer programs than this a processor are cut, and then into more than it takes

@@ -13,11 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import adjacent, ceil_div, on_device, power_of_2, sigmoid
+from ..launch import adjacent, ceil_div, on_device, power_of_2, processors, sigmoid
 
-# elements of a program's tile, and programs a group in the backward
+# elements of a program's tile, and programs a multiprocessor in the backward
 TILE = 2048
-PROGRAMS = 512
+PROGRAMS = 12
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -189,7 +189,7 @@ def backward(
     dout, x, z = adjacent(dout), adjacent(x), None if z is None else adjacent(z)
     block_r, block_d, warps = _tile(rows, size)
     tiles = ceil_div(rows, block_r)
-    each = ceil_div(tiles, PROGRAMS)
+    each = ceil_div(tiles, PROGRAMS * processors(x.device))
     programs = ceil_div(tiles, each)
     dw = torch.empty((programs, dim), dtype=torch.float32, device=x.device)
     with on_device(x):

@@ -21,7 +21,7 @@ from . import compiled_step
 from .kernels import load_row, softplus
 
 # programs a multiprocessor below which smaller ones are made
-PROGRAMS = 8
+PROGRAMS = 4
 
 _lib = torch.library.Library("scanweave", "FRAGMENT")
 _lib.define(
