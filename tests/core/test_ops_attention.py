@@ -1,5 +1,6 @@
 """Sequence attention against a softmax over the pairs that its rules allow, one token at a time."""
 
+import functools
 import itertools
 from typing import Any
 
@@ -268,3 +269,23 @@ def test_blocks_hold_all_that_is_seen(
     if kind != "masked" and not rule.get("prefix"):
         assert torch.equal(listed | full, seen)
         assert torch.equal(full, whole)
+
+
+def test_many_kinds_of_calls_stay_compiled(monkeypatch: pytest.MonkeyPatch):
+    """More than the programs that the compiler keeps of one function: none falls back."""
+    ran: list[Any] = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        ran.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(attention, "_compiles", lambda q: True)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    attention._compiled.cache_clear()
+    inputs = {k: v.detach() for k, v in heads(1, 9, 9).items()}
+    for window in range(1, 11):
+        y = sequence_attention(**inputs, backend="flex", causal=True, window=window)
+        assert len(ran) == window
+        dense = sequence_attention(**inputs, backend="dense", causal=True, window=window)
+        torch.testing.assert_close(y, dense)
+    attention._compiled.cache_clear()

@@ -19,6 +19,7 @@ S packed sequences.
 
 import functools
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any, Literal
 
 import torch
@@ -160,10 +161,23 @@ def _packed(
 
 
 @functools.cache
-def _compiled() -> Callable[..., Any]:
+def _compiled(*kind: object) -> Callable[..., Any]:
+    """FlexAttention compiled for one kind of call, whose dtype, rules and heads are constants.
+
+    Of one code object the compiler keeps eight programs, and then runs the form that holds all
+    pairs; so each kind has its own.
+    """
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=True)
+    def run(*args: Any, **options: Any) -> Any:
+        return flex_attention(*args, **options)
+
+    own = FunctionType(run.__code__.replace(), run.__globals__, closure=run.__closure__)
+    return torch.compile(own, dynamic=True)
+
+
+def _compiles(q: Tensor) -> bool:
+    return q.is_cuda and not torch.compiler.is_compiling()
 
 
 def _flex(
@@ -203,7 +217,10 @@ def _flex(
         return seen | (i == j)
 
     blocks = _blocks(sees, length, sequence, place, real, causal, window, prefix)
-    run = _compiled() if q.is_cuda and not torch.compiler.is_compiling() else flex_attention
+    run = flex_attention
+    if _compiles(q):
+        layout = mask is None, cu_seqlens is None
+        run = _compiled(q.dtype, q.shape[2:], k.shape[2], causal, window, prefix, scale, layout)
     y = run(
         q.transpose(1, 2),
         k.transpose(1, 2),
