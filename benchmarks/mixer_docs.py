@@ -53,13 +53,15 @@ was measured against the implementation whose weights it loads, or against the p
 """
 
 _SCORES = """\
-Models of about 20,000 parameters on three small tasks, `python -m benchmarks.mixer_scores`: mean ±
+Models of about 20,000 parameters on four small tasks, `python -m benchmarks.mixer_scores`: mean ±
 standard deviation (runs). Digits: scikit-learn's 8 x 8 pixels as 64 tokens, two layers, % of 449
 test digits right. Pendulum: mean return, asked for 0, of agents that learned from 300 recorded
 episodes. Digit graphs: the same digits as pixel graphs without coordinates, breadth first, beside
-GIN convolutions, % right. A few hundred steps each with the same settings for all, tuned for none:
-this shows what learns quickly when small, not what is best when large. Runs that are not there
-have a dash.
+GIN convolutions, % right. Peptides: Peptides-func by 4,000 molecules of the official training set,
+500 steps of 32, beside convolutions that see the bonds (GINE); average precision on the whole test
+set, the mean over labels, %. A few hundred steps each with the same settings for all, tuned for
+none: this shows what learns quickly when small, not what is best when large. Runs that are not
+there have a dash.
 """
 
 
@@ -102,7 +104,7 @@ def registry_table(names: Sequence[str]) -> str:
 
 def score_table(names: Sequence[str], rows: Sequence[Line]) -> str:
     """Mean and deviation of every mixer at every task."""
-    tasks = ["digits", "Pendulum", "digit graphs"]
+    tasks = ["digits", "Pendulum", "digit graphs", "Peptides"]
     lines = []
     for name in names:
         own = [row for row in rows if row["model"] == name]

@@ -1,11 +1,13 @@
-"""Scores of every mixer on three small tasks at equal numbers of parameters, one process.
+"""Scores of every mixer on four small tasks at equal numbers of parameters, one process.
 
     python -m benchmarks.mixer_scores
     python -m benchmarks.mixer_scores --mixers mamba,attention --tasks digits --seeds 1
+    python -m benchmarks.mixer_scores --tasks Peptides --data-dir data --device cuda
 
 Rows are those of `sweep.Result`; the CSV grows by one after every run, and the same command again
 runs only what is not in it, so that a mixer added later costs its own runs alone. `mixer_tasks.py`
-says what the tasks are. Mixers that cannot do a task are left out of it, with the reason.
+says what the tasks are. Mixers that cannot do a task are left out of it, and tasks without their
+files altogether, with the reason. `seconds` are the process's own on a CPU, the clock's on a GPU.
 """
 
 import argparse
@@ -21,7 +23,7 @@ import torch
 from scanweave.core import list_mixers, mixer_info
 from scanweave.core.training import seed_everything
 
-from .mixer_tasks import TASKS, Task, learn, match_width, refusal
+from .mixer_tasks import DATA_DIR, TASKS, Task, learn, make_task, match_width, refusal
 from .report import ROOT, current_commit, environment, version
 from .sweep import Result, read_csv
 
@@ -41,10 +43,11 @@ def run(name: str, task: Task, mixer: str, seed: int, *, steps: int = 0) -> Resu
     """
     width = match_width(task, mixer)
     seed_everything(seed)
-    model = task.build(mixer, width).train()
-    began = time.process_time()
+    model = task.build(mixer, width).to(task.device).train()
+    clock = time.process_time if task.device.type == "cpu" else time.perf_counter
+    began = clock()
     learn(task, model, seed, steps)
-    seconds = time.process_time() - began
+    seconds = clock() - began
     model.eval()
     with torch.no_grad():
         score = task.score(model)
@@ -57,7 +60,7 @@ def run(name: str, task: Task, mixer: str, seed: int, *, steps: int = 0) -> Resu
         score,
         sum(p.numel() for p in model.parameters()),
         round(seconds, 1),
-        environment(torch.device("cpu"), "").device,
+        environment(task.device, "").device,
         " ".join(f"{package} {version(package) or 'absent'}" for package in _PACKAGES),
         current_commit(("core", "vision", "graph", "rl", "benchmarks/mixer_tasks.py")),
     )
@@ -92,6 +95,8 @@ def main(given: Sequence[str] | None = None) -> list[Result]:
     add("--mixers", default=",".join(list_mixers()), help="names with commas")
     add("--seeds", type=int, default=3, help="runs of each, with seeds 0, 1, ...")
     add("--steps", type=int, default=0, help="0 for those of each task")
+    add("--device", default="cpu")
+    add("--data-dir", type=Path, default=DATA_DIR, help="folder of Peptides-func's files")
     add("--limit", type=float, default=float("inf"), help="seconds, then no run is begun")
     options = parser.parse_args(given)
     names, mixers = options.tasks.split(","), options.mixers.split(",")
@@ -102,16 +107,21 @@ def main(given: Sequence[str] | None = None) -> list[Result]:
         mixer_info(mixer)
     torch.set_num_threads(1)
     end = time.monotonic() + options.limit
-    tasks: dict[str, Task] = {name: TASKS[name]() for name in names}
+    tasks: dict[str, Task] = {}
+    for name in names:
+        try:
+            tasks[name] = make_task(name, options.device, options.data_dir)
+        except ValueError as reason:
+            sys.stdout.write(f"{name} is left out, {reason}\n")
     done = {(r.dataset, r.model, r.seed) for r in read_csv(options.csv)} if _exists(options) else ()
-    refused = {(name, mixer): refusal(tasks[name], mixer) for name in names for mixer in mixers}
+    refused = {(name, mixer): refusal(tasks[name], mixer) for name in tasks for mixer in mixers}
     for (name, mixer), reason in refused.items():
         if reason:
             sys.stdout.write(f"{name}: {mixer} is left out, {reason}\n")
     found, failed = [], []
     # seeds outermost, so that what is cut short has something of everything
     for seed in range(options.seeds):
-        for name in names:
+        for name in tasks:
             for mixer in mixers:
                 if refused[name, mixer] or (name, mixer, seed) in done or time.monotonic() > end:
                     continue

@@ -1,10 +1,12 @@
-"""Three small tasks, one a domain, on which mixers are compared at equal numbers of parameters.
+"""Four small tasks of three domains, where mixers are compared at equal numbers of parameters.
 
     digits          8 x 8 pixels in rows, a token each; ssm_vit, two layers, % of test digits right
     digit graphs    the same as pixel graphs, breadth first; two GIN layers with the mixer, % right
+    Peptides        Peptides-func; such layers with bonds (GINE), mean average precision, %
     Pendulum        300 recorded episodes; DecisionMamba, two blocks, mean return asked for 0
 
     TASKS           name -> class of a task
+    make_task       name, device, folder of files -> the task
     match_width     task, mixer -> the width at which the model has the task's parameters
     learn           train a model on a task
     refusal         why a mixer cannot do a task, or nothing
@@ -16,6 +18,8 @@ for the other direction.
 """
 
 import math
+from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 import timm
@@ -29,8 +33,10 @@ from scanweave.core import mixer_info
 from scanweave.core.training import param_groups
 from scanweave.graph import GraphMamba, gin_conv
 from scanweave.graph.batches import PackedGraphs
+from scanweave.graph.datasets import load_splits
 from scanweave.graph.digits import digit_graphs
 from scanweave.graph.precompute import add_order
+from scanweave.graph.tasks import Meter
 from scanweave.rl import Agent, DecisionMamba, TrajectoryWindows, evaluate_agent, record_episodes
 
 # widths are multiples of it: rotary positions need pairs
@@ -38,6 +44,7 @@ _STEP = 2
 # the network that makes Hyena's filters would by itself have more parameters than the others
 _NARROW = {"filter_width": 16}
 OPTIONS: dict[str, dict[str, Any]] = {"hyena": _NARROW, "hyena_bidirectional": _NARROW}
+DATA_DIR = Path("data")
 _TEST_SHARE = 0.25
 _LAYERS = 2
 
@@ -52,6 +59,7 @@ class Task(Protocol):
         batch: Examples of a step.
         steps: Of a run.
         lr: Highest learning rate.
+        device: Of the examples; models are moved there once they are built.
     """
 
     metric: str
@@ -60,6 +68,7 @@ class Task(Protocol):
     batch: int
     steps: int
     lr: float
+    device: torch.device
 
     def build(self, mixer: str, width: int) -> nn.Module:
         """An untrained model."""
@@ -87,14 +96,16 @@ class Digits:
     metric, parameters = "test accuracy, %", 20_000
     batch, steps, lr = 32, 300, 4e-3
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device | str = "cpu") -> None:
         from sklearn.datasets import load_digits
 
+        self.device = torch.device(device)
         pixels, numbers = load_digits(return_X_y=True)
         images = torch.as_tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8)
         labels = torch.as_tensor(numbers, dtype=torch.int64)
         train, test = _split(len(labels))
-        images = (images - images[train].mean()) / images[train].std()
+        images = ((images - images[train].mean()) / images[train].std()).to(self.device)
+        labels = labels.to(self.device)
         self.images, self.labels = images[train], labels[train]
         self.test_images, self.test_labels = images[test], labels[test]
         self.size = len(train)
@@ -124,28 +135,22 @@ class Digits:
         return 100 * (guesses == self.test_labels).float().mean().item()
 
 
-class DigitGraphs:
-    """The same digits as graphs of their inked pixels, without coordinates."""
+class _Graphs:
+    """Convolutions beside mixers over the breadth-first order of every graph."""
 
-    metric, parameters = "test accuracy, %", 20_000
-    batch, steps, lr = 32, 300, 4e-3
-
-    def __init__(self) -> None:
-        graphs = digit_graphs()
-        add_order(graphs, ("bfs",))
-        train, test = _split(len(graphs))
-        self.graphs = PackedGraphs([graphs[i] for i in train])
-        self.test = PackedGraphs([graphs[i] for i in test])
-        self.size, self.tested = len(train), len(test)
+    graphs: PackedGraphs
+    test: PackedGraphs
+    in_channels, out_channels = 1, 10
+    edge_dim: int | None = None
 
     def build(self, mixer: str, width: int) -> nn.Module:
-        """Convolutions beside mixers over the breadth-first order."""
+        """Two layers and mean pooling."""
         return GraphMamba(
-            1,
+            self.in_channels,
             width,
             _LAYERS,
-            10,
-            conv=gin_conv,
+            self.out_channels,
+            conv=partial(gin_conv, edge_dim=self.edge_dim),
             mixer=mixer,
             mixer_kwargs=OPTIONS.get(mixer),
             pool=global_mean_pool,
@@ -153,7 +158,25 @@ class DigitGraphs:
 
     def _run(self, model: nn.Module, batch: Any) -> Tensor:
         known = {"batch_size": batch.num_graphs, "node_order": batch.node_order}
+        if self.edge_dim is not None:
+            known["edge_attr"] = batch.edge_attr
         return model(batch.x, batch.edge_index, batch=batch.batch, **known)
+
+
+class DigitGraphs(_Graphs):
+    """The same digits as graphs of their inked pixels, without coordinates."""
+
+    metric, parameters = "test accuracy, %", 20_000
+    batch, steps, lr = 32, 300, 4e-3
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
+        graphs = digit_graphs()
+        add_order(graphs, ("bfs",))
+        train, test = _split(len(graphs))
+        self.graphs = PackedGraphs([graphs[i] for i in train], self.device)
+        self.test = PackedGraphs([graphs[i] for i in test], self.device)
+        self.size = len(train)
 
     def loss(self, model: nn.Module, examples: list[int]) -> Tensor:
         """Cross-entropy."""
@@ -162,12 +185,53 @@ class DigitGraphs:
 
     def score(self, model: nn.Module) -> float:
         """Percent of the test graphs right."""
-        right = 0
-        for start in range(0, self.tested, 150):
-            numbers = list(range(start, min(start + 150, self.tested)))
+        batches: list[Any] = self.test.batches(150)
+        right = sum(int((self._run(model, b).argmax(1) == b.y).sum()) for b in batches)
+        return 100 * right / len(self.test)
+
+
+class Peptides(_Graphs):
+    """Peptides-func: ten labels of molecules, official split, `examples` of its training part.
+
+    Args:
+        device: Of the examples.
+        data_dir: Folder of the files, as in `load_splits`.
+
+    Raises:
+        ValueError: the files are not there.
+    """
+
+    metric, parameters = "test average precision, %", 20_000
+    batch, steps, lr = 32, 500, 4e-3
+    examples = 4_000
+
+    def __init__(self, device: torch.device | str = "cpu", data_dir: Path = DATA_DIR) -> None:
+        self.device = torch.device(device)
+        splits = load_splits("Peptides-func", data_dir)
+        self.target = splits.target
+        self.in_channels, self.edge_dim = splits.in_channels, splits.edge_dim
+        # from anywhere in the part, the same in every run
+        order = torch.randperm(len(splits.train), generator=torch.Generator().manual_seed(0))
+        chosen = [splits.train[i] for i in order[: self.examples].tolist()]
+        for graphs in (chosen, splits.test):
+            add_order(graphs, ("bfs",))
+        self.graphs = PackedGraphs(chosen, self.device)
+        self.test = PackedGraphs(splits.test, self.device)
+        self.size = len(chosen)
+
+    def loss(self, model: nn.Module, examples: list[int]) -> Tensor:
+        """Binary cross-entropy, the mean over labels."""
+        batch: Any = self.graphs.__getitems__(examples)
+        return self.target.loss(self._run(model, batch), batch.y)
+
+    def score(self, model: nn.Module) -> float:
+        """Average precision on all test graphs, the mean over labels, in percent."""
+        meter = Meter(self.target, self.device)
+        for start in range(0, len(self.test), 128):
+            numbers = range(start, min(start + 128, len(self.test)))
             batch: Any = self.test.__getitems__(numbers)
-            right += int((self._run(model, batch).argmax(1) == batch.y).sum())
-        return 100 * right / self.tested
+            meter.update(self._run(model, batch), batch.y)
+        return 100 * meter.compute()["ap"]
 
 
 class Pendulum:
@@ -177,7 +241,8 @@ class Pendulum:
     batch, steps, lr = 64, 400, 2e-3
     recordings, episodes = 300, 20
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
         self.recorded = record_episodes(
             "Pendulum-v1", self.recordings, noise=0.75, action_noise=0.1, seed=0
         )
@@ -209,7 +274,8 @@ class Pendulum:
 
     def loss(self, model: nn.Module, examples: list[int]) -> Tensor:
         """Squared error of the actions."""
-        return model(self.windows.__getitems__(examples))[0]
+        batch = self.windows.__getitems__(examples)
+        return model({name: part.to(self.device) for name, part in batch.items()})[0]
 
     def score(self, model: nn.Module) -> float:
         """Mean return of 20 episodes, 0 the best possible."""
@@ -217,17 +283,33 @@ class Pendulum:
         return evaluate_agent(model, episodes=self.episodes).results[0].mean
 
 
-TASKS: dict[str, type[Digits] | type[DigitGraphs] | type[Pendulum]] = {
+TASKS: dict[str, type[Digits] | type[Pendulum] | type[DigitGraphs] | type[Peptides]] = {
     "digits": Digits,
     "Pendulum": Pendulum,
     "digit graphs": DigitGraphs,
+    "Peptides": Peptides,
 }
+
+
+def make_task(name: str, device: torch.device | str = "cpu", data_dir: Path = DATA_DIR) -> Task:
+    """Read what a task needs.
+
+    Args:
+        name: A key of `TASKS`.
+        device: Where its models run.
+        data_dir: Folder of the files of tasks that need some.
+
+    Raises:
+        ValueError: files are not there.
+    """
+    made = TASKS[name]
+    return made(device, data_dir) if issubclass(made, Peptides) else made(device)
 
 
 def refusal(task: Task, mixer: str) -> str:
     """Why the task's model refuses the mixer, empty if it takes it."""
     try:
-        task.loss(task.build(mixer, 8 * _STEP), [0, 1]).backward()
+        task.loss(task.build(mixer, 8 * _STEP).to(task.device), [0, 1]).backward()
     except ValueError as reason:
         return str(reason)
     return ""
