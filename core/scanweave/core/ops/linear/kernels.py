@@ -28,7 +28,8 @@ from torch import Tensor
 
 from ..launch import LOG2_E, adjacent, batch_stride, ceil_div, power_of_2, processors
 
-# one kept state per 16 steps: a quarter of a byte an element, 4% of a bfloat16 forward's traffic
+# one kept state per 24 steps: a sixth of a byte an element, 3% of a bfloat16 forward's traffic;
+# chunks of 32 would take the backward's last registers
 CHUNK = 24
 # pairs take twice the registers: chunks of 16 spill in the backward
 CHUNK_COMPLEX = 8
@@ -194,10 +195,11 @@ class Plan(NamedTuple):
 
 # sequences are not cut into segments shorter than this
 SHORTEST = 128
-# a program, one warp, reads this many steps ahead: 4 KB of bfloat16 on their way
+# a program, one warp, reads this many steps ahead: 6 KB of bfloat16 on their way; 64 steps spill.
+# Each a multiple of its CHUNK
 WINDOW = 48
 WINDOW_COMPLEX = 16
-# an H100's memory needs 16 KB on their way to a processor; cut sequences are read twice, so
+# an H100 needs 16 KB and more on their way to a processor; cut sequences are read twice, so
 # only fewer programs than this a processor are cut, and then into more than it takes
 PROGRAMS = 3.5
 CUT_PROGRAMS = 8
