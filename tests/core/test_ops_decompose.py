@@ -21,6 +21,7 @@ from scanweave.core import (
     linear_scan,
     path_selective_scan,
     rms_norm_gated,
+    rotate_both,
     selective_scan,
     symmetric_conv1d,
     wkv,
@@ -113,6 +114,11 @@ def dense(length: int = LENGTH) -> dict[str, Tensor]:
     return {**names, "C": draw(DIM, 2, STATE), "initial_state": draw(BATCH, DIM, STATE)}
 
 
+def rotation() -> dict[str, Tensor]:
+    heads = {"q": draw(BATCH, LENGTH, 4, 6), "k": draw(BATCH, LENGTH, 2, 6)}
+    return {**heads, "angles": draw(LENGTH, 1, 2)}
+
+
 FINAL = {"return_final_state": True}
 REVERSE = {"reverse": True, **FINAL}
 CASES: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]], dict[str, Any]]] = {
@@ -193,6 +199,8 @@ CASES: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]], dict[st
         lambda: {"x": draw(3, 8), "weight": draw(8), "z": draw(3, 8)},
         {"norm_before_gate": True},
     ),
+    "rotation": (rotate_both, rotation, {}),
+    "rotation, halves": (rotate_both, rotation, {"halves": True}),
 }
 
 

@@ -19,6 +19,7 @@ from scanweave.core import (
     linear_scan,
     path_selective_scan,
     rms_norm_gated,
+    rotate_both,
     selective_scan,
     sequence_attention,
     ssd,
@@ -66,6 +67,7 @@ CASES: dict[str, tuple[Callable[..., Any], list[str]]] = {
     "linear_scan": (lambda x: linear_scan(x, x, return_final_state=True), ["-2 5 4"]),
     "wkv": (lambda k, w: wkv(k, k, w, w, return_final_state=True), ["2 5 4", "-4"]),
     "rms_norm_gated": (lambda x, w: rms_norm_gated(x, w, x), ["2 5 4", "4"]),
+    "rotate_both": (lambda x, a: rotate_both(x, x, a), ["2 5 4 6", "5 1 3"]),
     "fft_conv": (
         lambda x, kernel: fft_conv(x, kernel, None, x, kernel_back=kernel),
         ["2 5 4", "4 5"],

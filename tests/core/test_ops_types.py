@@ -27,6 +27,7 @@ from scanweave.core import (
     linear_scan,
     path_selective_scan,
     rms_norm_gated,
+    rotate_both,
     selective_scan,
     symmetric_conv1d,
     wkv,
@@ -153,6 +154,16 @@ def test_norms(mix: Mix, norm_first: bool):
     weight = torch.ones(48, dtype=mix["weights"])
     inputs = each({"x": x, "weight": weight, "z": z}, Tensor.clone)
     check(rms_norm_gated, inputs, group_size=24, norm_before_gate=norm_first)
+
+
+@MIX
+@pytest.mark.parametrize("halves", [False, True])
+def test_rotations(mix: Mix, halves: bool):
+    for heads in (4, 2):
+        q, k = (torch.zeros(2, LENGTH, n, 24, dtype=mix["dtype"]) for n in (4, heads))
+        angles = torch.zeros(LENGTH, 4 if heads == 4 else 1, 6, dtype=mix["weights"])
+        inputs = each({"q": q, "k": k, "angles": angles}, Tensor.clone)
+        check(rotate_both, inputs, halves=halves)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=lambda d: str(d)[6:])

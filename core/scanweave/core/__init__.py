@@ -14,6 +14,7 @@ from .ops.gated import (
 from .ops.linear import linear_scan, linear_scan_step
 from .ops.long_conv import diagonal_ssm, diagonal_ssm_step, fft_conv, ssm_kernel
 from .ops.norm import rms_norm_gated
+from .ops.rotate import rotate_both, rotate_pairs
 from .ops.selective import (
     bidirectional_selective_scan,
     grid_paths,
@@ -48,6 +49,8 @@ __all__ = [
     "path_selective_scan",
     "register_mixer",
     "rms_norm_gated",
+    "rotate_both",
+    "rotate_pairs",
     "selective_scan",
     "selective_scan_step",
     "sequence_attention",

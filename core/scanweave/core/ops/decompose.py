@@ -30,6 +30,7 @@ from .gated.decomposed import matrix_chunks, matrix_states
 from .linear.reference import state_dtype
 from .mamba.op import in_parts
 from .norm.reference import rms_norm_gated_ref
+from .rotate.reference import rotate_pairs_ref
 from .wkv.reference import power, ratio
 
 
@@ -57,6 +58,7 @@ def decompositions() -> dict[torch._ops.OpOverload, Callable]:
         ops.dense_scan.default: _dense_scan,
         ops.chunk_layout.default: _chunk_layout,
         ops.rms_norm_gated.default: _rms_norm_gated,
+        ops.rotate_pairs.default: _rotate_pairs,
     }
 
 
@@ -341,6 +343,10 @@ def _rms_norm_gated(
     return rms_norm_gated_ref(
         x, weight, z, eps=eps, group_size=group_size, norm_before_gate=norm_before_gate
     )
+
+
+def _rotate_pairs(x: list[Tensor], angles: Tensor, halves: bool) -> list[Tensor]:
+    return [rotate_pairs_ref(u, angles, halves=halves) for u in x]
 
 
 def _dense_scan(u: Tensor, E: Tensor, position: Tensor, longest: int) -> Tensor:
