@@ -6,7 +6,7 @@ import torch
 from torch_geometric.utils import to_undirected
 
 from scanweave.graph import ordering
-from scanweave.graph.ordering import lexsort, rank_of, tie_noise
+from scanweave.graph.ordering import hash_bits, lexsort, rank_of, score_limit, tie_noise
 from scanweave.graph.orders import ORDERS, order_name, resolve_order
 
 PATH = torch.tensor([[0, 1, 2, 3], [1, 2, 3, 4]])
@@ -203,6 +203,35 @@ def test_tie_noise_takes_a_seed_tensor():
     position = torch.arange(9)
     assert tie_noise(position, 2, torch.tensor(3)).equal(tie_noise(position, 2, 3))
     assert tie_noise(position, 1, -1).shape == (1, 9)
+
+
+@pytest.mark.parametrize("num_perms", [1, 3])
+def test_tie_noise_takes_several_seeds(num_perms):
+    position, seeds = torch.randperm(40), [3, -8, 2**40 + 5]
+    alone = torch.cat([tie_noise(position, num_perms, seed) for seed in seeds])
+    assert tie_noise(position, num_perms, seeds).equal(alone)
+    assert tie_noise(position, num_perms, torch.tensor(seeds).view(3, 1, 1)).equal(alone)
+
+
+def test_numbers_are_hashed_on_the_host_as_on_a_device():
+    numbers = [0, 1, 2**31, 2**32 - 1, *torch.randint(2**32, (50,)).tolist()]
+    assert hash_bits(torch.tensor(numbers)).tolist() == [hash_bits(number) for number in numbers]
+    # fixed for good: other numbers would change what trained models see
+    assert tie_noise(torch.arange(3), 1, 0).tolist() == [[0, 3979630085, 65356255]]
+
+
+@pytest.mark.parametrize("name", sorted(ORDERS))
+@pytest.mark.parametrize("nodes", [1, 7])
+def test_scores_stay_below_their_limit(name, nodes):
+    # all edges are loops of one node, whose degree is the highest there can be
+    edges = torch.full((2, 9), nodes - 1)
+    limit = score_limit(ORDERS[name], edges, nodes)
+    assert (limit is not None) == (name in ("degree", "index", "random"))
+    if limit is not None:
+        scores = ORDERS[name](edges, one_graph(nodes), torch.arange(nodes))
+        assert scores.dtype == torch.int64
+        assert int(scores.min()) >= 0
+        assert int(scores.max()) == limit - 1
 
 
 def test_lexsort_compares_the_first_key_first():

@@ -8,13 +8,14 @@ from torch_geometric import EdgeIndex
 from torch_geometric.utils import to_torch_coo_tensor, to_torch_csc_tensor, to_torch_csr_tensor
 
 from scanweave.core.ops import checks
-from scanweave.graph import GraphMamba
+from scanweave.graph import GraphMamba, packing
 from scanweave.graph.mixing import shared_sequences
+from scanweave.graph.ordering import lexsort
 from scanweave.graph.packing import (
     count_nodes,
     edges_of,
     pack_nodes,
-    positions_in_graph,
+    places_in_graphs,
     reverse_sequences,
     split_sequences,
     to_nodes,
@@ -31,15 +32,20 @@ COUNTS = [3, 1, 0, 4, 0]
 def packed(perms: int = 2):
     scores = torch.tensor([2.0, 1.0, 1.0, 0.0, 5.0, 0.5, 2.0, 2.0])
     ties = torch.stack([torch.randperm(8) for _ in range(perms)])
-    counts = count_nodes(BATCH, 5)
-    return scores, ties, pack_nodes([scores], ties, BATCH, counts)
+    borders = places_in_graphs(BATCH, 5)[1]
+    return scores, ties, pack_nodes([scores], ties, BATCH, borders)
 
 
-def test_counts_and_positions():
-    counts = count_nodes(BATCH, 5)
-    assert counts.tolist() == COUNTS
-    assert positions_in_graph(BATCH, counts).tolist() == [0, 0, 1, 1, 0, 2, 2, 3]
-    assert positions_in_graph(BATCH * 0, torch.tensor([8])).tolist() == list(range(8))
+def test_counts_places_and_borders():
+    assert count_nodes(BATCH, 5).tolist() == COUNTS
+    places, borders = places_in_graphs(BATCH, 5)
+    assert places.tolist() == [0, 0, 1, 1, 0, 2, 2, 3]
+    assert borders.tolist() == [0, 3, 4, 4, 8, 8]
+    assert borders.dtype == torch.int32
+    places, borders = places_in_graphs(BATCH * 0, 1)
+    assert places.tolist() == list(range(8))
+    assert borders.tolist() == [0, 8]
+    assert places_in_graphs(BATCH[:0], 0)[1].tolist() == [0]
 
 
 def test_pack_sorts_by_graph_score_and_tie():
@@ -62,8 +68,31 @@ def test_pack_takes_scores_of_each_permutation():
     ties = torch.zeros(2, 3, dtype=torch.int64)
     scores = torch.tensor([[0, 1, 2], [2, 1, 0]])
     one = torch.zeros(3, dtype=torch.int64)
-    sequences = pack_nodes([scores], ties, one, count_nodes(one, 1))
+    sequences = pack_nodes([scores], ties, one, places_in_graphs(one, 1)[1])
     assert sequences.nodes.tolist() == [0, 1, 2, 2, 1, 0]
+
+
+@pytest.mark.parametrize("perms", [1, 3])
+@pytest.mark.parametrize("limit", [6, 2**20, 2**28, 2**40])
+@pytest.mark.parametrize("parts", [0, 4])
+def test_known_ranges_join_sorts_and_change_nothing(limit, perms, parts, monkeypatch):
+    borders = places_in_graphs(BATCH, 5)[1]
+    scores = [torch.tensor([5, 1, 0, 5, 1, 0, 5, 4]) * ((limit - 1) // 5), torch.randn(perms, 8)]
+    ties = torch.stack([2**32 - 1 - torch.randperm(8) for _ in range(perms)])
+    ties[:, 3] = ties[:, 0]  # stays in place
+    buckets = (torch.randint(parts, (perms, 8)), parts) if parts else None
+    sorts = []
+    monkeypatch.setattr(packing, "lexsort", lambda *keys: sorts.append(len(keys)) or lexsort(*keys))
+    for used in (scores[:1], scores, scores[::-1]):
+        known = [limit if score is scores[0] else None for score in used]
+        apart = pack_nodes(used, ties, BATCH, borders, buckets)
+        joined = pack_nodes(used, ties, BATCH, borders, buckets, known)
+        assert all(a.equal(b) for a, b in zip(apart, joined, strict=True))
+    # graph | score | tie, with a score of unknown range behind the first or before it
+    groups = 5 * perms * max(parts, 1)
+    assert sorts[::2] == [3, 4, 4]
+    fits = groups * limit < 2**31
+    assert sorts[1::2] == [1 if fits else 2, 3, 3 if limit <= 2**31 else 4]
 
 
 def test_reverse_turns_every_sequence_around():
@@ -90,10 +119,10 @@ def test_gathers_are_each_others_gradients(perms):
 
 def test_split_gives_every_layer_its_own():
     scores, ties, _ = packed(6)
-    counts = count_nodes(BATCH, 5)
-    whole = pack_nodes([scores], ties, BATCH, counts)
+    borders = places_in_graphs(BATCH, 5)[1]
+    whole = pack_nodes([scores], ties, BATCH, borders)
     for part, rows in zip(split_sequences(whole, 3), ties.split(2), strict=True):
-        alone = pack_nodes([scores], rows, BATCH, counts)
+        alone = pack_nodes([scores], rows, BATCH, borders)
         assert all(a.equal(b) for a, b in zip(part, alone, strict=True))
 
 
@@ -115,7 +144,7 @@ def test_borders_are_not_read_back(buckets, random_graphs, monkeypatch):
 
 def test_nothing_to_pack():
     none = torch.empty(0, dtype=torch.int64)
-    sequences = pack_nodes([none], none.view(1, 0), none, count_nodes(none, 2))
+    sequences = pack_nodes([none], none.view(1, 0), none, places_in_graphs(none, 2)[1])
     assert sequences.cu_seqlens.tolist() == [0, 0, 0]
     assert reverse_sequences(sequences).nodes.numel() == 0
 

@@ -30,7 +30,7 @@ from .mixing import (
 )
 from .ordering import Order
 from .orders import order_name
-from .packing import Sequences, count_nodes, positions_in_graph
+from .packing import Sequences, places_in_graphs
 from .walks import Neighbours, random_walks
 
 
@@ -268,7 +268,7 @@ class GMNConv(NodeMixing):
         nodes = x.size(0)
         neighbours = Neighbours(edges, nodes)
         roots = torch.arange(nodes, device=x.device)
-        position = positions_in_graph(batch, count_nodes(batch, num_graphs))
+        position, _ = places_in_graphs(batch, num_graphs)
         # drawn once, so that the pieces and their second encoding see the same walks
         seed: int | Tensor = self.seed
         if self.training and self.resample and walk_index is None:

@@ -21,14 +21,13 @@ from torch_geometric.typing import Adj, OptTensor
 from scanweave.core import Mixer, create_mixer
 from scanweave.core.ops.checks import trust_cu_seqlens
 
-from .ordering import Order, hash_bits, tie_noise
+from .ordering import Order, hash_bits, score_limit, tie_noise
 from .orders import order_name, resolve_order
 from .packing import (
     Sequences,
-    count_nodes,
     edges_of,
     pack_nodes,
-    positions_in_graph,
+    places_in_graphs,
     reverse_sequences,
     split_sequences,
     to_nodes,
@@ -143,35 +142,34 @@ def stacked_sequences(
     """
     first, nodes = layers[0], batch.numel()
     perms = first.perms
-    counts = count_nodes(batch, num_graphs)
-    position = positions_in_graph(batch, counts)
-    rows = len(layers) * perms
+    position, borders = places_in_graphs(batch, num_graphs)
+    seeds: Tensor | list[int] = [layer.seed & 0xFFFFFFFF for layer in layers]
     if first.ties == "fresh" and first.training:
         seeds = torch.randint(2**32, (len(layers), 1, 1), device=batch.device)
-    else:
-        # filled on the device: a copied list would wait for it
-        full = [position.new_full((1, 1, 1), layer.seed & 0xFFFFFFFF) for layer in layers]
-        seeds = torch.cat(full)
     if first.ties == "index":
-        ties = position.expand(rows, nodes)
+        ties = position.expand(len(layers) * perms, nodes)
     else:
-        ties = tie_noise(position, perms, seeds).view(rows, nodes)
+        ties = tie_noise(position, perms, seeds)
     buckets = None
     if first.buckets > 1:
         # numbers of their own: those of the ties would put the same nodes at the same places
-        noise = tie_noise(position, perms, hash_bits(seeds) + 1).view(rows, nodes)
-        buckets = noise * first.buckets >> 32, first.buckets
+        if isinstance(seeds, Tensor):
+            others = hash_bits(seeds) + 1
+        else:
+            others = [hash_bits(seed) + 1 for seed in seeds]
+        buckets = tie_noise(position, perms, others) * first.buckets >> 32, first.buckets
     if node_order is None:
         scores = [order(edges, batch, ties) for order in first.orders]
+        limits = [score_limit(order, edges, nodes) for order in first.orders]
     else:
-        scores = [node_order]
+        scores, limits = [node_order], [None]
     for score in scores:
         if score.shape != (nodes,) and (node_order is not None or score.shape != ties.shape):
             name = order_name(first.orders) if node_order is None else "node_order"
             raise ValueError(
                 f"{name} must give one score per node: got {tuple(score.shape)} for {nodes} nodes"
             )
-    made = split_sequences(pack_nodes(scores, ties, batch, counts, buckets), len(layers))
+    made = split_sequences(pack_nodes(scores, ties, batch, borders, buckets, limits), len(layers))
     if not torch.compiler.is_compiling():
         for sequences in made:
             # sums of lengths are what they should be: no op has to wait for the device to see that

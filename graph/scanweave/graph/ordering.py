@@ -14,11 +14,13 @@ compared, and must not depend on which other graphs are in the batch.
     index_order      as stored
     random_order     ties alone decide
     tie_noise        whole numbers that make ties random and yet reproducible
+    score_limit      what an order's scores stay below, where that is known beforehand
 
 Letters: n nodes, E directed edges, K permutations.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -149,7 +151,27 @@ def random_order(edge_index: Tensor, batch: Tensor, ties: Tensor | None = None) 
     return batch.new_zeros(batch.numel())
 
 
-def tie_noise(position: Tensor, num_perms: int, seed: int | Tensor) -> Tensor:
+def score_limit(order: Order, edge_index: Tensor, nodes: int) -> int | None:
+    """What the scores of an order stay below; they are whole numbers of at least 0 then.
+
+    Such scores share one sort with the graph and the tie number; see `pack_nodes`.
+
+    Args:
+        order: Any order.
+        edge_index: Edges, (2, E) int64.
+        nodes: Number of nodes n.
+
+    Returns:
+        The limit, or None where it would take a look at the scores.
+    """
+    if order is degree_order:
+        return edge_index.numel() + 1
+    if order is index_order:
+        return nodes
+    return 1 if order is random_order else None
+
+
+def tie_noise(position: Tensor, num_perms: int, seed: int | Sequence[int] | Tensor) -> Tensor:
     """Give every node of a graph a different whole number, random to the eye.
 
     A hash of (seed, permutation, position of the node inside its graph). For a fixed seed and
@@ -159,20 +181,32 @@ def tie_noise(position: Tensor, num_perms: int, seed: int | Tensor) -> Tensor:
     Args:
         position: Place of each node inside its graph, (n,) int64, below 2^32.
         num_perms: Number K of permutations.
-        seed: A whole number, or an int64 tensor () on the device of `position`.
+        seed: A whole number, or several, L; or an int64 tensor () or (L, 1, 1) on the device of
+            `position`, which is not read back.
 
     Returns:
-        Noise, (K, n) int64 in [0, 2^32).
+        Noise, (L * K, n) int64 in [0, 2^32), with L = 1 unless there are several seeds.
     """
-    perm = torch.arange(num_perms, device=position.device).unsqueeze(1)
-    start = seed & _MASK
-    if not isinstance(start, Tensor):
-        start = torch.full((), start, dtype=torch.int64, device=position.device)
-    return hash_bits(hash_bits(hash_bits(start) ^ perm) ^ position)
+    # numbers are hashed on the host, where that costs no kernel
+    keys = [hash_bits(one & _MASK) for one in (seed if isinstance(seed, Sequence) else [seed])]
+    if num_perms == 1:
+        keys = [hash_bits(key) for key in keys]
+    key = keys[0]
+    if len(keys) > 1:
+        # filled on the device: a copied list would wait for it
+        key = torch.cat([position.new_full((1, 1, 1), int(number)) for number in keys])
+    if num_perms > 1:
+        perm = torch.arange(num_perms, device=position.device).unsqueeze(1)
+        key = hash_bits(perm ^ key)
+    return torch.atleast_2d(hash_bits(position ^ key)).flatten(0, -2)
 
 
-def hash_bits(x: Tensor) -> Tensor:
-    """Mix 32 bits held in int64, one-to-one.
+@overload
+def hash_bits(x: int) -> int: ...
+@overload
+def hash_bits(x: Tensor) -> Tensor: ...
+def hash_bits(x: Any) -> Any:
+    """Mix 32 bits held in int64 or in a Python number, one-to-one.
 
     Both multipliers are below 2^31: products of 32-bit numbers then stay inside int64.
     Source: the two-round multiply-xorshift family of Ellis, "hash-prospector" (constants found

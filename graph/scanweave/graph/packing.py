@@ -9,8 +9,8 @@ the nodes into that layout, `places` undoes it, `cu_seqlens` marks the borders.
     to_nodes              sequences -> nodes, the mean over K orders
     reverse_sequences     the same sequences, each read backwards
     mirrored              places in that order
+    places_in_graphs      place of each node among the stored nodes of its graph, and borders
     count_nodes           nodes per graph
-    positions_in_graph    place of each node among the stored nodes of its graph
     edges_of              any adjacency that PyG accepts -> edge_index
 
 Letters: n nodes, B graphs, K permutations, E edges.
@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch_geometric import EdgeIndex
 
@@ -44,42 +45,65 @@ def pack_nodes(
     scores: Sequence[Tensor],
     ties: Tensor,
     batch: Tensor,
-    counts: Tensor,
+    borders: Tensor,
     buckets: tuple[Tensor, int] | None = None,
+    limits: Sequence[int | None] | None = None,
 ) -> Sequences:
     """Sort nodes by graph, then by every score in turn, then by tie number.
 
     Args:
         scores: Each (n,) or (K, n), any real dtype; the first decides first.
-        ties: Decides between equal scores, (K, n) int64.
+        ties: Decides between equal scores, (K, n) int64 in [0, 2^32).
         batch: Graph of every node, (n,) int64 in [0, B), in any order.
-        counts: Nodes per graph, (B,) int64.
+        borders: First place of each graph and the end, (B + 1,) int32.
         buckets: Part of its graph that every node is in, (K, n) int64 in [0, P), and P: a sequence
             for every part instead of one a graph.
+        limits: For each of `scores` what it stays below, int64 of at least 0 then, or None.
+            Known ranges share a sort where 63 bits hold them; nothing else depends on this.
 
     Returns:
         The K * B sequences; sequence k * B + b is graph b in order k. With parts K * B * P, those
         of a graph behind each other.
     """
     perms, size = ties.shape
-    keys = [*(score.expand(perms, size) for score in scores), ties]
-    first = torch.arange(perms, device=batch.device).unsqueeze(1)
-    lengths = counts.repeat(perms)
-    if buckets is not None:
-        part, parts = buckets
-        group = (batch + first * counts.numel()) * parts + part
-        keys.insert(0, group)
-        lengths = count_nodes(group.reshape(-1), parts * perms * counts.numel())
-    elif perms * counts.numel() > 1:
-        keys.insert(0, batch + first * counts.numel())
-    index = lexsort(*(key.reshape(-1) for key in keys))
-    lengths = torch.cat([counts.new_zeros(1), lengths])
+    graphs = borders.numel() - 1
+    keys = [*zip(scores, limits or [None] * len(scores), strict=True), (ties, 1 << 32)]
+    if buckets is not None or perms * graphs > 1:
+        group, groups = batch, perms * graphs
+        if perms > 1:
+            group = batch + torch.arange(perms, device=batch.device).unsqueeze(1) * graphs
+            borders = _behind_each_other(borders.diff().repeat(perms))
+        if buckets is not None:
+            part, parts = buckets
+            group, groups = group * parts + part, groups * parts
+            borders = _behind_each_other(count_nodes(group.reshape(-1), groups))
+        keys.insert(0, (group, groups))
+    index = lexsort(*(key.expand(perms, size).reshape(-1) for key in _joined(keys)))
     # sorting runs over all K copies of the nodes; copy k of node v has number k * n + v
-    return Sequences(
-        index - (first * size).expand(perms, size).reshape(-1),
-        rank_of(index).view(perms, size),
-        lengths.cumsum(0).to(torch.int32),
-    )
+    nodes = index if perms == 1 else index % size
+    return Sequences(nodes, rank_of(index).view(perms, size), borders)
+
+
+def _joined(keys: Sequence[tuple[Tensor, int | None]]) -> list[Tensor]:
+    """Fewer keys of the same order: neighbours of known range become one, if 63 bits hold it.
+
+    A sort is a dozen launches on a GPU, and most of what sequences cost on a CPU.
+    """
+    joined: list[Tensor] = []
+    range_of_last: int | None = None
+    for key, limit in keys:
+        if limit is None or range_of_last is None or range_of_last * limit > 1 << 63:
+            joined.append(key)
+            range_of_last = limit
+        else:
+            joined[-1] = torch.add(key, joined[-1], alpha=limit)
+            range_of_last *= limit
+    return joined
+
+
+def _behind_each_other(lengths: Tensor) -> Tensor:
+    """Borders of sequences of these lengths, (S + 1,) int32."""
+    return F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
 
 
 def split_sequences(sequences: Sequences, layers: int) -> list[Sequences]:
@@ -155,24 +179,39 @@ def reverse_sequences(sequences: Sequences) -> Sequences:
 
 def mirrored(length: int, cu_seqlens: Tensor | None, device: torch.device) -> Tensor:
     """Places of every sequence from its end to its start, (length,) int64; its own inverse."""
-    number = torch.arange(length, device=device)
     if cu_seqlens is None:
-        return length - 1 - number
-    of = torch.searchsorted(cu_seqlens[1:].long(), number, right=True)
-    return (cu_seqlens[of] + cu_seqlens[of + 1] - 1).long() - number
+        return length - 1 - torch.arange(length, device=device)
+    # place p is written p + 1: then the first end that is not below it ends its sequence
+    number = torch.arange(1, length + 1, dtype=cu_seqlens.dtype, device=device)
+    of = torch.searchsorted(cu_seqlens[1:], number)
+    return ((cu_seqlens[:-1] + cu_seqlens[1:])[of] - number).long()
+
+
+def places_in_graphs(batch: Tensor, num_graphs: int) -> tuple[Tensor, Tensor]:
+    """Place of each node among the stored nodes of its graph, for any order of `batch`.
+
+    No number is read back from the device.
+
+    Args:
+        batch: Graph of every node, (n,) int64 in [0, B).
+        num_graphs: Number of graphs B.
+
+    Returns:
+        The places, (n,) int64, and the first place of each graph and the end, (B + 1,) int32.
+    """
+    nodes, device = batch.numel(), batch.device
+    if num_graphs == 1:
+        ends = torch.arange(2, dtype=torch.int32, device=device) * nodes
+        return torch.arange(nodes, device=device), ends
+    ordered, by_graph = torch.sort(batch, stable=True)
+    graphs = torch.arange(num_graphs + 1, device=device)
+    borders = torch.searchsorted(ordered, graphs, out_int32=True)
+    return rank_of(by_graph) - borders[:-1][batch], borders
 
 
 def count_nodes(batch: Tensor, num_graphs: int) -> Tensor:
     """Nodes per graph, (num_graphs,) int64, without reading a number back from the device."""
     return batch.new_zeros(num_graphs).index_add_(0, batch, torch.ones_like(batch))
-
-
-def positions_in_graph(batch: Tensor, counts: Tensor) -> Tensor:
-    """Place of each node among the stored nodes of its graph, (n,) int64, for any `batch` order."""
-    if counts.numel() == 1:
-        return torch.arange(batch.numel(), device=batch.device)
-    rank = rank_of(torch.argsort(batch, stable=True))
-    return rank - (counts.cumsum(0) - counts)[batch]
 
 
 def edges_of(adj: Any) -> Tensor:

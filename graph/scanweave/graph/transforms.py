@@ -14,7 +14,7 @@ from torch_geometric.transforms import BaseTransform
 from .hilbert import hilbert_scores
 from .ordering import Order, tie_noise
 from .orders import order_name, resolve_order
-from .packing import edges_of, pack_nodes
+from .packing import edges_of, pack_nodes, places_in_graphs
 from .walks import Neighbours, random_walks
 
 
@@ -68,14 +68,15 @@ class AddNodeOrder(BaseTransform):
         """
         edge_index, nodes = edges_of_data(data), int(data.num_nodes or 0)
         batch = edge_index.new_zeros(nodes)
-        ties = tie_noise(torch.arange(nodes, device=batch.device), 1, self.seed)
+        position, borders = places_in_graphs(batch, 1)
+        ties = tie_noise(position, 1, self.seed)
         scores = [
             _stored(data, order, nodes)
             if isinstance(order, str)
             else order(edge_index, batch, ties)
             for order in self.orders
         ]
-        sequences = pack_nodes(scores, ties, batch, batch.new_full((1,), nodes))
+        sequences = pack_nodes(scores, ties, batch, borders)
         data[self.attr_name] = sequences.places[0]
         return data
 

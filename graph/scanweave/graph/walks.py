@@ -132,11 +132,9 @@ def random_walks(
     token = torch.arange(tokens, device=device)
     stream = token % num_repeats if share_prefix else token
     stream = stream.unsqueeze(1) * num_walks + torch.arange(num_walks, device=device)
-    start = seed & _MASK
-    if not isinstance(start, Tensor):
-        start = torch.full((), start, dtype=torch.int64, device=device)
+    start = hash_bits(seed & _MASK)
     # one number a walk, then one a walk and root; the walks with most steps are at the front
-    chance = hash_bits(hash_bits(hash_bits(start) ^ stream) ^ position[:, None, None])
+    chance = hash_bits(hash_bits(stream ^ start) ^ position[:, None, None])
     shape = (roots.numel(), tokens + 1, num_walks, walk_length + 1)
     walks = roots[:, None, None, None].expand(shape).contiguous()
     here = walks[:, :tokens, :, 0]
