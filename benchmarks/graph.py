@@ -1,8 +1,9 @@
 """Measure graph layers: `python -m benchmarks.graph batches`, `... growth`; see the README.
 
-    batches   one layer on a batch of graphs: packed, padded, and PyG's GPS layers
-    growth    one layer on one graph of 500 to 1,000,000 nodes, and the exponent of its growth
-    plot      time and memory of `growth` over the number of nodes
+    batches      one layer on a batch of graphs: packed, padded, and PyG's GPS layers
+    growth       one layer on one graph of 500 to 1,000,000 nodes, and the exponent of its growth
+    plot         time and memory of `growth` over the number of nodes
+    operations   how many operators those layers run
 
 Every implementation is compared with a float64 copy of itself first, output and gradients, and the
 padded layer with the packed one in float64; one that is off is not timed.
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from .graph_batches import SETS, GraphBatch, one_graph, set_batch
-from .graph_layers import CHANNELS, GROWING, LAYERS, STATE, too_large
+from .graph_layers import CHANNELS, GROWING, LAYERS, STATE, operations, too_large
 from .report import Environment, Row, environment, markdown, version, write_csv
 from .timing import graph_time, measure, peak_memory
 
@@ -323,9 +324,23 @@ def table(rows: Sequence[Row]) -> str:
     return markdown(header, lines)
 
 
+def operations_table(names: Sequence[str], batch: GraphBatch, device: torch.device) -> str:
+    """Operators of a call of each layer: inference / training, forward and backward."""
+    x = torch.randn(batch.nodes, CHANNELS, device=device, requires_grad=True)
+    lines = []
+    for name in names:
+        model = LAYERS[name](batch).to(device)
+        counts = []
+        for mode, passes in PASSES.items():
+            model.train(mode == "training")
+            counts.append(str(operations(_call(model, x, passes, torch.float32))))
+        lines.append([name, " / ".join(counts)])
+    return markdown(["layer", "operators, inference / training"], lines)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.graph", description=__doc__)
-    parser.add_argument("what", choices=["batches", "growth", "plot"])
+    parser.add_argument("what", choices=["batches", "growth", "plot", "operations"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--toy", action="store_true", help="sizes that cost nothing")
@@ -356,6 +371,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         names = [name.strip() for name in args.layers.split(";")]
     if wrong := set(names) - set(LAYERS):
         parser.error(f"--layers must be among {'; '.join(LAYERS)}, got {sorted(wrong)}")
+    if args.what == "operations":
+        batch = set_batch(SETS["peptides"], 4 if args.toy else 128, args.data_dir).to(device)
+        say(operations_table(names, batch, device))
+        return 0
     deadline = math.inf if args.seconds is None else time.monotonic() + args.seconds
     run = Run(device, getattr(torch, args.dtype), names, args.out, args.toy, deadline, args.commit)
     if args.what == "batches":

@@ -1,14 +1,19 @@
 """What the graph benchmark measures: our layers packed and padded, and PyG's GPS layer.
 
+    LAYERS        name -> what makes the layer for a batch
+    operations    how many operators a call runs
+
 All of them have the same width and the same local convolution. Each is a module that maps node
 features (n, D) of a batch to (n, D).
 """
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from scanweave.graph import GMNConv, GraphMambaConv, gin_conv, rcm_order
 
@@ -136,3 +141,38 @@ def too_large(name: str, batch: GraphBatch, device: torch.device) -> bool:
     """Whether an implementation is not tried on this batch: attention of one huge graph."""
     most = ATTENTION_NODES[device.type]
     return name == "GPSConv multihead" and batch.nodes / batch.num_graphs > most
+
+
+# they fill no memory; the first reads a number back
+_IDLE = ("_local_scalar_dense", "_unsafe_view", "empty", "new_empty")
+
+
+class _Counting(TorchDispatchMode):
+    """Counts operators, those that make a view or an unfilled tensor left out."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        aliases = (out.alias_info for out in func._schema.returns)
+        views = any(alias is not None and not alias.is_write for alias in aliases)
+        name = func.overloadpacket.__name__.removesuffix("_like").removesuffix("_strided")
+        self.count += not views and name not in _IDLE
+        return func(*args, **(kwargs or {}))
+
+
+def operations(call: Callable[[], object]) -> int:
+    """How many operators that do some work a call runs: the least number of launches on a GPU.
+
+    Sorts and the core's own operators are several launches each, reads of a number are none.
+    """
+    with _Counting() as counting:
+        call()
+    return counting.count

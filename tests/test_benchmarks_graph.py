@@ -9,7 +9,7 @@ import pytest
 import torch
 from benchmarks import graph, graph_plot
 from benchmarks.graph_batches import SETS, batch_of, one_graph, padding_of, set_batch
-from benchmarks.graph_layers import GROWING, LAYERS, too_large
+from benchmarks.graph_layers import GROWING, LAYERS, operations, too_large
 from benchmarks.report import Row, columns, read_csv
 from torch import nn
 
@@ -127,6 +127,37 @@ def test_stored_sizes_are_those_that_the_table_says(data_dir: Path):
 def test_padding_of_equal_sizes_is_none():
     assert padding_of(np.array([4, 4, 4])) == 0
     assert padding_of(np.array([1, 3])) == pytest.approx(1 / 3)
+
+
+def test_views_and_unfilled_tensors_are_no_operations():
+    x = torch.randn(3, 4)
+    assert operations(lambda: x.t().reshape(3, 4).add(1).view(-1)[2:].unsqueeze(0)) == 2
+    assert operations(lambda: (torch.empty(3), torch.empty_like(x), x.sum().item())) == 1
+    assert operations(lambda: x.clone().add_(1)) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "orders", "forward"), [("packed", 26, 67), ("packed, one way", 26, 61)]
+)
+def test_operators_of_a_layer_do_not_creep_up(name: str, orders: int, forward: int):
+    # every one is a launch or more, 0.05 ms of a slow host; by degree, 26 of them make the order
+    batch = batch_of("three", np.array([4, 5, 6]), 2.0, "")
+    made = LAYERS[name](batch)
+    x = torch.randn(batch.nodes, 96)
+    arguments = batch.edge_index, batch.batch, batch.num_graphs
+    for training in (False, True):
+        made.train(training)
+        assert operations(lambda: made.layer.sequences(*arguments)) <= orders  # pyright: ignore
+        with torch.set_grad_enabled(training):
+            assert operations(lambda: made(x)) <= forward
+
+
+def test_operators_are_listed(capsys: pytest.CaptureFixture[str]):
+    assert graph.main(["operations", "--toy", "--device", "cpu", "--layers", "packed"]) == 0
+    row = capsys.readouterr().out.splitlines()[-1].split("|")
+    assert row[1].strip() == "packed"
+    inference, training = map(int, row[2].split("/"))
+    assert 40 < inference < training < 110
 
 
 def test_exponents_are_slopes():
