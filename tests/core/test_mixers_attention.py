@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from scanweave.core import create_mixer
-from scanweave.core.mixers.attention import rotate_channels
+from scanweave.core.mixers.attention import place_angles
+from scanweave.core.ops.rotate import rotate_both
 
 Check = Callable[..., None]
 
@@ -66,7 +67,7 @@ def test_rotations_depend_on_distances(assert_near: Check):
     scores = []
     for start in (0, 1000):
         place = torch.arange(start, start + 9).unsqueeze(0)
-        a, b = (rotate_channels(v, place, 6, 100.0) for v in (q, k))
+        a, b = rotate_both(q, k, place_angles(place, 6, 100.0, q.dtype), halves=True)
         assert torch.equal(a[..., 6:], q[..., 6:])
         scores.append(torch.einsum("blhp,bmhp->bhlm", a, b))
     assert_near(scores[0], scores[1])

@@ -18,30 +18,24 @@ from torch import Tensor, nn
 
 from ..ops.attention import sequence_attention, visible
 from ..ops.checks import check_cu_seqlens_values, computing_dtype
+from ..ops.rotate import rotate_both
 from .base import Mixer, State, register_mixer
 
 
-def rotate_channels(x: Tensor, place: Tensor, width: int, base: float) -> Tensor:
-    """Rotate the first `width` channels of every head by angles that grow with the place.
-
-    Channels i and i + width / 2 are a pair, whose angle is place * base ** (-2 i / width).
+def place_angles(place: Tensor, width: int, base: float, dtype: torch.dtype) -> Tensor:
+    """Angles place * base ** (-2 i / width) of rotary positions, that of pair i of `width` / 2.
 
     Args:
-        x: Heads, (B, L, H, P).
         place: Places in the sequence, (B, L) or (1, L).
-        width: Even number of channels, from 2 to P.
+        width: Even number of channels that rotate, at least 2.
         base: Ratio of the fastest to the slowest frequency, nearly.
+        dtype: Of the angles, float32 or wider.
 
     Returns:
-        (B, L, H, P), dtype of `x`; computed in float32 or wider.
+        (B, L, 1, width / 2) or (1, L, 1, width / 2).
     """
-    dtype = computing_dtype(x)
-    steps = torch.arange(0, width, 2, device=x.device, dtype=dtype)
-    angle = place.to(dtype)[..., None, None] * base ** (-steps / width)
-    cos, sin = angle.cos(), angle.sin()
-    first, second, rest = x.split([width // 2, width // 2, x.shape[-1] - width], -1)
-    turned = [first * cos - second * sin, second * cos + first * sin]
-    return torch.cat([*(v.to(x.dtype) for v in turned), rest], -1)
+    steps = torch.arange(0, width, 2, device=place.device, dtype=dtype)
+    return place.to(dtype)[..., None, None] * base ** (-steps / width)
 
 
 @register_mixer(
@@ -167,8 +161,8 @@ class Attention(Mixer):
     def _rotated(self, q: Tensor, k: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
         if not self.rope_width:
             return q, k
-        width, base = self.rope_width, self.rope_base
-        return rotate_channels(q, place, width, base), rotate_channels(k, place, width, base)
+        angles = place_angles(place, self.rope_width, self.rope_base, computing_dtype(q, k))
+        return rotate_both(q, k, angles, halves=True)
 
     def _see(
         self,

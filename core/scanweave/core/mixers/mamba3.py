@@ -29,6 +29,7 @@ from ..ops.checks import computing_dtype
 from ..ops.gated import gated_linear_scan, gated_linear_scan_step
 from ..ops.linear import linear_scan
 from ..ops.norm import rms_norm_gated
+from ..ops.rotate import rotate_both
 from .base import Mixer, State, register_mixer
 from .matrix_state import (
     GatedRMSNorm,
@@ -67,17 +68,6 @@ class _Tokens(NamedTuple):
     def reading(self, q: Tensor) -> Tensor:
         """`q` decayed by its own step, for a scan that reads the state before it."""
         return (q * torch.exp(self.g).unsqueeze(-1)).to(self.v.dtype)
-
-
-def turned(x: Tensor, angles: Tensor) -> Tensor:
-    """Rotate the first R pairs of neighbouring channels of `x` (..., N) by `angles` (..., R)."""
-    pairs, count = x.unflatten(-1, (-1, 2)), angles.shape[-1]
-    first, second = pairs[..., :count, :].unbind(-1)
-    cos, sin = torch.cos(angles), torch.sin(angles)
-    moved = torch.stack([first * cos - second * sin, first * sin + second * cos], -1)
-    if count < pairs.shape[-2]:
-        moved = torch.cat([moved, pairs[..., count:, :]], -2)
-    return moved.flatten(-2)
 
 
 def wrapped(angles: Tensor) -> Tensor:
@@ -225,7 +215,7 @@ class Mamba3(Mixer):
             cu_seqlens=cu_seqlens,
             return_final_state=True,
         )
-        q, k = turned(t.q, angles), turned(t.k, angles)
+        q, k = rotate_both(t.q, t.k, angles)
         # the next token's share; slices of one token less would tell a compiler about sizes
         if cu_seqlens is None:
             place = torch.arange(1, t.again.shape[1] + 1, device=t.again.device)
@@ -273,7 +263,7 @@ class Mamba3(Mixer):
         self._check_state(state, x, None)
         t = self._tokens(x)
         state["angle"].copy_(wrapped(state["angle"] + t.turn))
-        q, k = (turned(u, state["angle"]) for u in (t.q, t.k))
+        q, k = rotate_both(t.q, t.k, state["angle"])
         last = state["k"].unsqueeze(-1) * state["v"].unsqueeze(-2)
         state["h"].add_(t.again[..., None, None] * last)
         state["k"].copy_(k)

@@ -32,8 +32,8 @@ from ..ops.gated import (
     gated_linear_scan_step,
 )
 from ..ops.norm import rms_norm_gated
+from ..ops.rotate import rotate_both, rotate_pairs
 from .base import Mixer, State, register_mixer, with_state
-from .mamba3 import turned
 from .matrix_state import check_sizes
 
 MAX_WIDTH = 256
@@ -157,12 +157,12 @@ class RetNet(Mixer):
         speeds = self._speeds(q.device)
         place, _ = places(q.shape[1], cu_seqlens, q.device)
         angles = place.to(speeds.dtype)[:, None, None] * speeds
-        return turned(q, angles).to(q.dtype), turned(k, angles).to(k.dtype)
+        return rotate_both(q, k, angles)
 
     def _turned_back(self, h: Tensor, tokens: int | Tensor) -> Tensor:
         """The state `h` (B, H, K, P) for positions counted from `tokens` tokens later."""
         angles = -self._speeds(h.device) * tokens
-        return turned(h.transpose(-1, -2), angles).transpose(-1, -2).contiguous()
+        return rotate_pairs(h.transpose(-1, -2), angles).transpose(-1, -2)
 
     def _scale(self, tokens: Tensor, before: Tensor | None) -> Tensor:
         """The scale (..., H) after `tokens` (...) more, from `before` (..., H) or from 0."""
@@ -217,7 +217,7 @@ class RetNet(Mixer):
         else:
             tokens = cu_seqlens.diff()
         turned_back = self._turned_back(h, tokens[:, None, None, None])
-        return out, {"h": turned_back, "scale": self._scale(tokens, before)}
+        return out, {"h": turned_back.contiguous(), "scale": self._scale(tokens, before)}
 
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """See `Mixer.step`; without gradients the state is updated in place."""
