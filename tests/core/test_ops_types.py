@@ -159,9 +159,9 @@ def test_norms(mix: Mix, norm_first: bool):
 @MIX
 @pytest.mark.parametrize("halves", [False, True])
 def test_rotations(mix: Mix, halves: bool):
-    for heads in (4, 2):
-        q, k = (torch.zeros(2, LENGTH, n, 24, dtype=mix["dtype"]) for n in (4, heads))
-        angles = torch.zeros(LENGTH, 4 if heads == 4 else 1, 6, dtype=mix["weights"])
+    for heads, groups in ((4, 4), (4, 2), (1, 1)):
+        q, k = (torch.zeros(2, LENGTH, n, 24, dtype=mix["dtype"]) for n in (heads, groups))
+        angles = torch.zeros(LENGTH, heads if heads == groups else 1, 6, dtype=mix["weights"])
         inputs = each({"q": q, "k": k, "angles": angles}, Tensor.clone)
         check(rotate_both, inputs, halves=halves)
 

@@ -29,28 +29,29 @@ class Turn:
 
     def _parts(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Both channels of every pair, (..., R) each."""
-        moving = x[..., : 2 * self.count]
+        width = 2 * self.count
         if self.halves:
-            first, second = moving.chunk(2, -1)
-        else:
-            first, second = moving.unflatten(-1, (-1, 2)).unbind(-1)
-        return first, second
+            return x[..., : self.count], x[..., self.count : width]
+        return x[..., :width:2], x[..., 1:width:2]
 
     def wide(self, x: Tensor, back: bool) -> Tensor:
         """`x` (..., P) turned, new and contiguous, in the dtype of the turn."""
         out = torch.empty(x.shape, dtype=self.dtype, device=x.device)
         sin = -self.sin if back else self.sin
-        width = 2 * self.count
-        out[..., width:].copy_(x[..., width:])
-        x = x[..., :width].to(self.dtype)
+        width, moving, to = 2 * self.count, x, out
+        # views of everything would cost single steps more than the arithmetic
+        if width < x.shape[-1]:
+            out[..., width:].copy_(x[..., width:])
+            moving, to = x[..., :width], out[..., :width]
+        moving = moving.to(self.dtype)
         if self.halves:
-            first, second = self._parts(x)
+            first, second = self._parts(moving)
             to_first, to_second = self._parts(out)
             torch.mul(first, self.cos, out=to_first).addcmul_(second, sin, value=-1)
             torch.mul(second, self.cos, out=to_second).addcmul_(first, sin)
         else:
             turn = torch.complex(self.cos, sin)
-            torch.mul(_complex(x), turn, out=_complex(out[..., :width]))
+            torch.mul(_complex(moving), turn, out=_complex(to))
         return out
 
     def slopes(self, x: Tensor, dx: Tensor) -> Tensor:
