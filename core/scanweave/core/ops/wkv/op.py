@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..checks import check_cu_seqlens_values, computing_dtype, on_kernels
-from . import compiled, kernels, portable
+from . import backward_kernel, compiled, kernels, portable
 
 _lib = torch.library.Library("scanweave", "FRAGMENT")
 _INPUTS = (
@@ -61,7 +61,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     given = (dy, dfinal, k, v, log_decay, bonus, initial_state, cu_seqlens, reverse)
     if on_kernels(k, v, log_decay, bonus, initial_state):
-        dk, dv, dw, du, dstate = kernels.backward(*given, checkpoints)
+        dk, dv, dw, du, dstate = backward_kernel.backward(*given, checkpoints)
     else:
         single = computing_dtype(k, v, log_decay, bonus, initial_state) == torch.float32
         code = compiled if single and compiled.takes((dy, k, v, log_decay)) else portable
