@@ -29,7 +29,7 @@ HALF_PI_REST = tl.constexpr(-4.371138828673793e-08)
 
 @triton.jit
 def cos_sin(angle):
-    """Both to 1e-7 for angles up to 1e7, where a float32 is off by 0.5; of length 1 beyond.
+    """Both to 2e-7 for angles up to 1e7, whose float32 is off by 0.5; of some turn beyond.
 
     One reduction serves both, and takes no stack, as the libraries' cosine and sine each do.
     """
@@ -37,6 +37,10 @@ def cos_sin(angle):
     turns = tl.floor(angle * TWO_OVER_PI + 0.5)
     r = tl.fma(-turns, HALF_PI, angle)
     r = tl.fma(-turns, HALF_PI_REST, r)
+    # from 1e6 on the product above is too coarse to find the nearest quarter
+    more = tl.floor(r * TWO_OVER_PI + 0.5)
+    r = tl.fma(-more, HALF_PI, r)
+    turns += more
     r = tl.where(tl.abs(r) > 1.0, 0.0, r)
     z = r * r
     sine = r + r * z * (-1.6666654944e-01 + z * (8.3321781452e-03 - z * 1.9517298882e-04))
