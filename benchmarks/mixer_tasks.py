@@ -227,9 +227,8 @@ class Peptides(_Graphs):
     def score(self, model: nn.Module) -> float:
         """Average precision on all test graphs, the mean over labels, in percent."""
         meter = Meter(self.target, self.device)
-        for start in range(0, len(self.test), 128):
-            numbers = range(start, min(start + 128, len(self.test)))
-            batch: Any = self.test.__getitems__(numbers)
+        batches: list[Any] = self.test.batches(128)
+        for batch in batches:
             meter.update(self._run(model, batch), batch.y)
         return 100 * meter.compute()["ap"]
 
