@@ -26,6 +26,8 @@ from .kernels import (
     no_rows,
     part_of,
     real,
+    rows_ahead,
+    rows_before,
     rows_of,
     store_pair,
     times,
@@ -50,6 +52,8 @@ def _backward_window(
     total_i,
     h,
     hi,
+    gs,
+    gis,
     rows,
     dx_at,
     da_at,
@@ -63,7 +67,7 @@ def _backward_window(
     """A chunk's states again from `h`, then the gradient `e` of its last one back to its first; the
     first `left` steps of the chunk are there.
     """
-    gs, gis, xs, xis, logs, logs_i = rows
+    xs, xis, logs, logs_i = rows
     decays = ()
     decays_i = ()
     carried = ()  # a[t] h[t-1]
@@ -136,7 +140,6 @@ def _backward_kernel(
         tl.program_id(0), cu_ptr, length, blocks, PACKED, SEGMENTS, CHUNK
     )
     PARTS: tl.constexpr = 2 if COMPLEX else 1
-    ONE: tl.constexpr = 1.0 if COMPLEX else 0.0
     offs_d = pid_d * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_d = offs_d < dim
     offs = offs_d * PARTS
@@ -175,30 +178,28 @@ def _backward_kernel(
     h = tl.zeros([BLOCK_D], tl.float32)
     hi = tl.zeros([BLOCK_D], tl.float32)
     gs, gis = no_rows(g_ptr, BLOCK_D, COMPLEX, CHUNK)
-    xs, xis = no_rows(x_ptr, BLOCK_D, COMPLEX, CHUNK)
-    if CONSTANT:
-        logs, logs_i, a_end = load_rows(a_at, 0, 1, mask_d, 0.0, COMPLEX, 1)
-    else:
-        logs, logs_i = no_rows(a_ptr, BLOCK_D, COMPLEX, CHUNK)
+    rows = rows_before(x_ptr, a_ptr, a_at, mask_d, CONSTANT, COMPLEX, BLOCK_D, CHUNK)
     for c in range(-1, chunks):
-        rows = gs, gis, xs, xis, logs, logs_i
+        g_now = gs
+        gi_now = gis
+        now = rows
         h_now = h
         hi_now = hi
         # the chunk before this one
         mask = tl.where(c + 1 < chunks, mask_d, False)
         more = count - start + (c + 1) * CHUNK
         gs, gis, g_end = load_rows(g_at, next_g, more, mask, 0.0, COMPLEX, CHUNK)
-        xs, xis, x_end = load_rows(x_at, next_x, more, mask, 0.0, COMPLEX, CHUNK)
+        rows, x_end, a_end = rows_ahead(
+            *(rows, x_at, a_at, next_x, next_a, more, mask, CONSTANT, COMPLEX, CHUNK)
+        )
         g_at -= CHUNK * next_g
         x_at -= CHUNK * next_x
-        if not CONSTANT:
-            logs, logs_i, a_end = load_rows(a_at, next_a, more, mask, ONE, COMPLEX, CHUNK)
-            a_at -= CHUNK * next_a
+        a_at -= CHUNK * next_a
         h, hi = load_pair(keep_at, mask, 0.0, COMPLEX)
         keep_at -= dim * PARTS
         if c >= 0:
             e, ei, total, total_i, dx_at, da_at = _backward_window(
-                *(e, ei, total, total_i, h_now, hi_now, rows, dx_at, da_at),
+                *(e, ei, total, total_i, h_now, hi_now, g_now, gi_now, now, dx_at, da_at),
                 *(next_out, more - CHUNK, mask_d),
                 CONSTANT=CONSTANT,
                 COMPLEX=COMPLEX,

@@ -17,10 +17,10 @@ from .kernels import (
     entering,
     kept_before,
     load_pair,
-    load_rows,
-    no_rows,
     part_of,
     real,
+    rows_ahead,
+    rows_before,
     rows_of,
     store_pair,
     times,
@@ -32,10 +32,7 @@ from .prefix_kernel import prefixes
 def _forward_window(
     h,
     hi,
-    xs,
-    xis,
-    logs,
-    logs_i,
+    rows,
     h_at,
     keep_at,
     next_h,
@@ -50,6 +47,7 @@ def _forward_window(
 ):
     """WINDOW steps of the state, the first `left` of which are there, and stored."""
     PARTS: tl.constexpr = 2 if COMPLEX else 1
+    xs, xis, logs, logs_i = rows
     for i in tl.static_range(WINDOW):
         mask = tl.where(i < left, mask_d, False)
         if KEEP and i % CHUNK == 0:
@@ -102,7 +100,6 @@ def _forward_kernel(
         tl.program_id(0), cu_ptr, length, blocks, PACKED, SEGMENTS, CHUNK
     )
     PARTS: tl.constexpr = 2 if COMPLEX else 1
-    ONE: tl.constexpr = 1.0 if COMPLEX else 0.0
     offs_d = pid_d * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_d = offs_d < dim
     offs = offs_d * PARTS
@@ -130,24 +127,17 @@ def _forward_kernel(
     h_at = h_ptr + (row * tokens + place) * dim * PARTS + offs
     kept = kept_before(pid_s, first, length, PACKED, CHUNK) + begin // CHUNK
     keep_at = keep_ptr + kept * dim * PARTS + offs
-    xs, xis = no_rows(x_ptr, BLOCK_D, COMPLEX, WINDOW)
-    if CONSTANT:
-        logs, logs_i, a_at = load_rows(a_at, 0, 1, mask_d, 0.0, COMPLEX, 1)
-    else:
-        logs, logs_i = no_rows(a_ptr, BLOCK_D, COMPLEX, WINDOW)
+    rows = rows_before(x_ptr, a_ptr, a_at, mask_d, CONSTANT, COMPLEX, BLOCK_D, WINDOW)
     for w in range(-1, tl.cdiv(count, WINDOW)):
-        x_now = xs
-        xi_now = xis
-        a_now = logs
-        ai_now = logs_i
+        now = rows
         # one window ahead
         left = count - (w + 1) * WINDOW
-        xs, xis, x_at = load_rows(x_at, next_x, left, mask_d, 0.0, COMPLEX, WINDOW)
-        if not CONSTANT:
-            logs, logs_i, a_at = load_rows(a_at, next_a, left, mask_d, ONE, COMPLEX, WINDOW)
+        rows, x_at, a_at = rows_ahead(
+            *(rows, x_at, a_at, next_x, next_a, left, mask_d, CONSTANT, COMPLEX, WINDOW)
+        )
         if w >= 0:
             h, hi, h_at, keep_at = _forward_window(
-                *(h, hi, x_now, xi_now, a_now, ai_now, h_at, keep_at),
+                *(h, hi, now, h_at, keep_at),
                 *(next_h, dim, left + WINDOW, mask_d),
                 CONSTANT=CONSTANT,
                 COMPLEX=COMPLEX,

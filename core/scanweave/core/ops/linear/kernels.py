@@ -118,6 +118,50 @@ def load_rows(ptr, next, left, mask_d, other, COMPLEX: tl.constexpr, ROWS: tl.co
 
 
 @triton.jit
+def rows_before(
+    x_ptr,
+    a_ptr,
+    a_at,
+    mask_d,
+    CONSTANT: tl.constexpr,
+    COMPLEX: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Rows of x and of decays, both parts of each, before any were read; constant decays are."""
+    xs, xis = no_rows(x_ptr, BLOCK_D, COMPLEX, ROWS)
+    if CONSTANT:
+        logs, logs_i, _ = load_rows(a_at, 0, 1, mask_d, 0.0, COMPLEX, 1)
+    else:
+        logs, logs_i = no_rows(a_ptr, BLOCK_D, COMPLEX, ROWS)
+    return xs, xis, logs, logs_i
+
+
+@triton.jit
+def rows_ahead(
+    rows,
+    x_at,
+    a_at,
+    next_x,
+    next_a,
+    left,
+    mask_d,
+    CONSTANT: tl.constexpr,
+    COMPLEX: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """The ROWS steps that begin at `x_at` and `a_at`, `left` of which are there, in place of
+    `rows`; and where those behind them begin.
+    """
+    _, _, logs, logs_i = rows
+    ONE: tl.constexpr = 1.0 if COMPLEX else 0.0
+    xs, xis, x_at = load_rows(x_at, next_x, left, mask_d, 0.0, COMPLEX, ROWS)
+    if not CONSTANT:
+        logs, logs_i, a_at = load_rows(a_at, next_a, left, mask_d, ONE, COMPLEX, ROWS)
+    return (xs, xis, logs, logs_i), x_at, a_at
+
+
+@triton.jit
 def store_pair(ptr, re, im, mask, COMPLEX: tl.constexpr):
     """Both parts, or the real one alone."""
     tl.store(ptr, re.to(ptr.dtype.element_ty), mask=mask)

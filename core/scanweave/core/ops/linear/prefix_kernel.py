@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import batch_stride
-from .kernels import Call, decay_of, load_rows, no_rows, part_of, store_pair, times
+from .kernels import Call, decay_of, part_of, rows_ahead, rows_before, store_pair, times
 
 
 @triton.jit
@@ -22,10 +22,7 @@ def _prefix_window(
     hi,
     p,
     pi,
-    xs,
-    xis,
-    logs,
-    logs_i,
+    rows,
     left,
     CONSTANT: tl.constexpr,
     COMPLEX: tl.constexpr,
@@ -33,6 +30,7 @@ def _prefix_window(
     WINDOW: tl.constexpr,
 ):
     """WINDOW steps, of which the first `left` are there, of a state and the product of decays."""
+    xs, xis, logs, logs_i = rows
     for i in tl.static_range(WINDOW):
         b, bi = decay_of(
             *(logs[0 if CONSTANT else i], logs_i[0 if CONSTANT else i], left, i),
@@ -79,7 +77,6 @@ def _prefix_kernel(
         tl.program_id(0), cu_ptr, length, blocks, PACKED, SEGMENTS, CHUNK
     )
     PARTS: tl.constexpr = 2 if COMPLEX else 1
-    ONE: tl.constexpr = 1.0 if COMPLEX else 0.0
     offs_d = pid_d * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_d = offs_d < dim
     offs = offs_d * PARTS
@@ -96,24 +93,17 @@ def _prefix_kernel(
     hi = tl.zeros([BLOCK_D], tl.float32)
     p = h + 1.0
     pi = tl.zeros([BLOCK_D], tl.float32)
-    xs, xis = no_rows(x_ptr, BLOCK_D, COMPLEX, WINDOW)
-    if CONSTANT:
-        logs, logs_i, a_at = load_rows(a_at, 0, 1, mask_d, 0.0, COMPLEX, 1)
-    else:
-        logs, logs_i = no_rows(a_ptr, BLOCK_D, COMPLEX, WINDOW)
+    rows = rows_before(x_ptr, a_ptr, a_at, mask_d, CONSTANT, COMPLEX, BLOCK_D, WINDOW)
     for w in range(-1, tl.cdiv(count, WINDOW)):
-        x_now = xs
-        xi_now = xis
-        a_now = logs
-        ai_now = logs_i
+        now = rows
         # one window ahead
         left = count - (w + 1) * WINDOW
-        xs, xis, x_at = load_rows(x_at, next_x, left, mask_d, 0.0, COMPLEX, WINDOW)
-        if not CONSTANT:
-            logs, logs_i, a_at = load_rows(a_at, next_a, left, mask_d, ONE, COMPLEX, WINDOW)
+        rows, x_at, a_at = rows_ahead(
+            *(rows, x_at, a_at, next_x, next_a, left, mask_d, CONSTANT, COMPLEX, WINDOW)
+        )
         if w >= 0:
             h, hi, p, pi = _prefix_window(
-                *(h, hi, p, pi, x_now, xi_now, a_now, ai_now, left + WINDOW),
+                *(h, hi, p, pi, now, left + WINDOW),
                 CONSTANT=CONSTANT,
                 COMPLEX=COMPLEX,
                 ADJOINT=ADJOINT,

@@ -218,7 +218,6 @@ def forward(
         REVERSE=reverse,
         KEEP=keep_states,
     )
-    options["WINDOW"] = WINDOW
     blocks = ceil_div(dim, int(options["BLOCK_D"]))
     with on_device(k):
         _forward_kernel[(sequences * blocks,)](
@@ -228,5 +227,6 @@ def forward(
             *(y, final, kept, length, length, dim, blocks),
             **strides_of(k=k, v=v, w=w),
             **options,
+            WINDOW=WINDOW,
         )
     return y, final, kept
