@@ -182,11 +182,17 @@ def test_kernels(assert_near: Check, shapes: tuple, halves: bool):
 @pytest.mark.usefixtures("kernels_only")
 @HALVES
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
-def test_kernels_read_any_strides(layout: Callable[[Tensor], Tensor], halves: bool):
+def test_kernels_read_any_strides(
+    assert_near: Check, layout: Callable[[Tensor], Tensor], halves: bool
+):
     inputs = rotate_inputs(*SHAPES["heads"], dtype=torch.float32, device=DEVICE)
     expected = evaluate(rotate_both, inputs, halves=halves)
     moved = {name: layout(v.detach()).requires_grad_() for name, v in inputs.items()}
-    assert_equal(evaluate(rotate_both, moved, halves=halves), expected)
+    actual = evaluate(rotate_both, moved, halves=halves)
+    if DEVICE == "cpu":
+        assert_equal(actual, expected)
+    # a compiler chooses which products it fuses with their sum anew for every layout
+    assert_all_near(assert_near, actual, expected)
 
 
 @pytest.mark.interpret
