@@ -9,7 +9,8 @@ D 128, three blocks, K 20, 11 state channels, 3 actions, with action tokens and 
                  published, by our own model and kernels
     published    the published loop itself, its code imported (`--official`, see `rl_official.py`)
     window, ...  `Agent.act` with 1, 64 and 1024 environments in each of its modes
-    updates      one training step on 64 windows: forward, backward, clipping, AdamW
+    updates      one training step on 64 windows: forward, backward, clipping, AdamW; with
+                 `--compile MODE` also with the agent compiled, as `--train.compile MODE` does it
 
 Acting is timed without an environment's own work, when windows are full. Everything that is
 compared at a number of environments takes turns, call by call, so that a machine's other load is
@@ -43,6 +44,8 @@ from .rl_official import Official, episode_seconds, load_official, update_second
 
 STATE, ACTION, LENGTH = 11, 3, 20
 MODES = ("window", "recurrent", "periodic", "staggered")
+# CUDA graphs are recorded in the third
+_WARM_UPDATES = 4
 
 
 @dataclass(frozen=True)
@@ -136,14 +139,16 @@ def measure_acting(contestants: Sequence[Contestant], *, calls: int) -> list[lis
 
 
 def measure_updates(
-    agent: Agent, *, calls: int, clock: Callable[[], float], batch: int = 64
+    agent: Agent, *, calls: int, clock: Callable[[], float], batch: int = 64, compiled: str = ""
 ) -> list[float]:
-    """Seconds of single updates on random episodes."""
+    """Seconds of single updates on random episodes; `compiled` is a mode of `torch.compile`."""
     drawn = draw(agent.device.type, batch)
     agent.train()
+    if compiled:
+        agent.compile(mode=compiled)
     optimizer = torch.optim.AdamW(agent.parameters(), lr=1e-4)
     seconds = []
-    for _ in range(calls + 2):
+    for _ in range(calls + _WARM_UPDATES):
         began = clock()
         loss, _ = agent(drawn())
         optimizer.zero_grad()
@@ -153,7 +158,7 @@ def measure_updates(
         if agent.device.type == "cuda":
             torch.cuda.synchronize()
         seconds.append(clock() - began)
-    return seconds[2:]
+    return seconds[_WARM_UPDATES:]
 
 
 def draw(device: str, batch: int = 64) -> Callable[[], dict[str, Tensor]]:
@@ -207,8 +212,9 @@ def rows(
     device: str = "cpu",
     official: Official | None = None,
     batch: int = 64,
+    compiled: str = "",
 ) -> Iterator[Row]:
-    """All figures, one after the other; updates on `batch` windows."""
+    """All figures, one after the other; updates on `batch` windows, also `compiled` if not ""."""
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     place = name if device == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)"
 
@@ -252,10 +258,13 @@ def rows(
         found = update_seconds(official, drawn, calls=max(2, calls // 20), clock=clock)
         published = statistics.median(found)
         yield row(f"update: published ({official.kind})", 0, found, 0, 0.0, published)
-    for mixer in ("mamba", "attention", "mamba2", "gated_cnn"):
-        trained = make_agent(mixer, device=device)
-        found = measure_updates(trained, calls=max(3, calls // 4), clock=clock, batch=batch)
-        yield row(f"update: {mixer}", 0, found, 0, 0.0, published)
+    for mode in ("", compiled) if compiled else ("",):
+        for mixer in ("mamba", "attention", "mamba2", "gated_cnn"):
+            trained = make_agent(mixer, device=device)
+            few = max(3, calls // 4)
+            found = measure_updates(trained, calls=few, clock=clock, batch=batch, compiled=mode)
+            what = f"update: {mixer}" + (f", compiled {mode}" if mode else "")
+            yield row(what, 0, found, 0, 0.0, published)
 
 
 def main(given: Sequence[str] | None = None) -> list[Row]:
@@ -271,6 +280,7 @@ def main(given: Sequence[str] | None = None) -> list[Row]:
     add("--clock", choices=("cpu", "wall"), default="cpu")
     add("--device", choices=("cpu", "cuda"), default="cpu")
     add("--official", type=Path, help="checkout of the published code, to be timed beside")
+    add("--compile", default="", help="mode of torch.compile that updates are also timed with")
     add("--csv", type=Path)
     options = parser.parse_args(given)
     clock = time.process_time if options.clock == "cpu" else time.perf_counter
@@ -283,7 +293,12 @@ def main(given: Sequence[str] | None = None) -> list[Row]:
             options.official, state_dim=STATE, act_dim=ACTION, length=LENGTH, device=options.device
         )
     given_rows = rows(
-        options.envs, calls=options.calls, clock=clock, device=options.device, official=official
+        options.envs,
+        calls=options.calls,
+        clock=clock,
+        device=options.device,
+        official=official,
+        compiled=options.compile,
     )
     for row in given_rows:
         found.append(row)

@@ -105,6 +105,14 @@ def test_speed_at_toy_size():
     assert all(row.per_second > 0 and row.to_published == 0 for row in found)
 
 
+def test_updates_are_timed_compiled_as_well(monkeypatch: pytest.MonkeyPatch):
+    modes: list[str] = []
+    monkeypatch.setattr(rl_speed.Agent, "compile", lambda _, mode: modes.append(mode))
+    found = [row.what for row in rl_speed.rows([], calls=1, clock=clocked, batch=2, compiled="x")]
+    assert found[4:] == [f"{name}, compiled x" for name in found[:4]]
+    assert modes == ["x"] * 4
+
+
 CODE = {
     "models/decision_mamba.py": """
 import torch
