@@ -61,3 +61,16 @@ def test_only_a_carried_state_is_replayed():
     model = DecisionMamba(3, 2, 16, 1, 5)
     assert isinstance(graphed(make_memory(model, 2, "staggered", "masked")), GraphedMemory)
     assert isinstance(graphed(make_memory(model, 2, "window", "masked")), WindowMemory)
+
+
+def test_a_step_that_cannot_be_recorded_says_so():
+    def refused(_):
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    model = DecisionMamba(3, 2, 16, 1, 5).eval()
+    memory = GraphedMemory(make_memory(model, ROWS, "recurrent", "masked"), refused)
+    with (
+        torch.inference_mode(),
+        pytest.raises(RuntimeError, match="cuda_graph must be False.*not permitted.*capturing$"),
+    ):
+        memory(next(steps()))

@@ -57,6 +57,9 @@ class GraphedMemory:
     Args:
         memory: Without a step taken.
         record: See `record_cuda`.
+
+    Raises:
+        RuntimeError: at the first step, if the model's cannot be recorded.
     """
 
     def __init__(self, memory: RecurrentMemory, record: Callable[[Run], Run] = record_cuda) -> None:
@@ -71,7 +74,13 @@ class GraphedMemory:
             self.fixed = Step(*(getattr(step, field.name).clone() for field in fields(Step)))
             # makes the ages' tensor, which the recording then writes to
             self.memory(self.fixed)
-            self.replay = self.record(self._run)
+            try:
+                self.replay = self.record(self._run)
+            except RuntimeError as reason:
+                raise RuntimeError(
+                    "cuda_graph must be False for this agent, whose step cannot be recorded: "
+                    f"{str(reason).splitlines()[0]}"
+                ) from reason
         for field in fields(Step):
             getattr(self.fixed, field.name).copy_(getattr(step, field.name))
         # the next replay writes over it
