@@ -71,6 +71,6 @@ def test_a_step_that_cannot_be_recorded_says_so():
     memory = GraphedMemory(make_memory(model, ROWS, "recurrent", "masked"), refused)
     with (
         torch.inference_mode(),
-        pytest.raises(RuntimeError, match="cuda_graph must be False.*not permitted.*capturing$"),
+        pytest.raises(RuntimeError, match=r"cuda_graph must be False.*not permitted.*capturing$"),
     ):
         memory(next(steps()))
