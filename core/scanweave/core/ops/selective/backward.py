@@ -14,6 +14,7 @@ from torch import Tensor
 from ..launch import LOG2_E, adjacent, batch_stride, on_device
 from .backward_kernel import backward_kernel
 from .kernels import Direction, backward_plan, chunk_of, prepare, strides_and_flags
+from .partials import add_partials
 from .portable import ScanGradients
 from .spans import entering, split
 
@@ -68,7 +69,9 @@ def backward(
         dx, ddt = (torch.empty(dt.shape, dtype=v.dtype, device=v.device) for v in (xk, dt))
         dA = x.new_empty(slots, dim, state, dtype=torch.float32)
         dh0 = x.new_empty(sequences, dim, state, dtype=torch.float32)
-        dD, dbias = (x.new_empty(slots, dim, dtype=torch.float32) for _ in range(2))
+        dD, dbias = (
+            None if v is None else x.new_empty(slots, dim, dtype=torch.float32) for v in (D, bias)
+        )
         dB, dC = (
             x.new_empty(batch, length, groups, plan.blocks, state, dtype=torch.float32)
             for _ in range(2)
@@ -130,7 +133,7 @@ def backward(
                     num_stages=1,
                     enable_fp_fusion=True,
                 )
-        grads.append(
-            ScanGradients(dx, ddt, dA.sum(0), dB.sum(3), dC.sum(3), dD.sum(0), dbias.sum(0), dh0)
-        )
+        dtypes = given[2].dtype, given[3].dtype, given[4].dtype
+        sums = add_partials(dA, dB, dC, dD, dbias, dtypes)
+        grads.append(ScanGradients(dx, ddt, *sums, dh0))
     return grads, dz

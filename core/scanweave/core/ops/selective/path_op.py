@@ -242,9 +242,10 @@ def _backward(
         torch.stack([g.C for g in grads], 2).to(C.dtype),
     ]
     if D is not None:
-        flat.append(torch.stack([g.D for g in grads]).to(D.dtype))
+        flat.append(torch.stack([g.D for g in grads if g.D is not None]).to(D.dtype))
     if dt_bias is not None:
-        flat.append(torch.stack([g.dt_bias for g in grads]).to(dt_bias.dtype))
+        bias = torch.stack([g.dt_bias for g in grads if g.dt_bias is not None])
+        flat.append(bias.to(dt_bias.dtype))
     if initial_state is not None:
         flat.append(torch.stack([g.state for g in grads]).to(initial_state.dtype))
     if z is not None:

@@ -219,8 +219,8 @@ class ScanGradients:
     A: Tensor
     B: Tensor
     C: Tensor
-    D: Tensor
-    dt_bias: Tensor
+    D: Tensor | None
+    dt_bias: Tensor | None
     state: Tensor
 
 
