@@ -17,9 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.checks import computing_dtype
 from ..ops.conv import symmetric_conv1d
-from ..ops.gated import bidirectional_gated_linear_scan, time_steps
+from ..ops.gated import bidirectional_gated_linear_scan, head_steps
 from .base import Mixer, State, register_mixer
 from .matrix_state import (
     GatedRMSNorm,
@@ -145,15 +144,11 @@ class Hydra(Mixer):
         u, *vectors = u.split([self.d_inner, *(shared,) * 4], -1)
         groups = (self.ngroups, self.d_state)
         B, C, B_reverse, C_reverse = (b.unflatten(-1, groups) for b in vectors)
-        A = -torch.exp(self.A_log.to(computing_dtype(self.A_log)))
-        # both directions have one A and one bias: one elementwise pass over their time steps
-        delta, g = time_steps(
-            dt.unflatten(-1, (2, self.nheads)), A, self.dt_bias, True, self.dt_limit
-        )
-        (g_forward, g_reverse), (forward, reverse) = g.unbind(-2), delta.unbind(-2)
+        # both directions have one A and one bias
+        delta, g = head_steps(dt, self.A_log, self.dt_bias, True, self.dt_limit, sets=2, log=True)
         diagonal = F.linear(u, self.fc_D.weight) + self.D
         v = u.unflatten(-1, (self.nheads, self.headdim))
-        pairs = ((C, C_reverse), (B, B_reverse), (g_forward, g_reverse), (forward, reverse))
+        pairs = ((C, C_reverse), (B, B_reverse), g, delta)
         return z, v, *pairs, diagonal  # type: ignore[return-value]
 
     def _mix(

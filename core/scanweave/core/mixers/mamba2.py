@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..ops.checks import computing_dtype
 from ..ops.conv import causal_conv1d, causal_conv1d_step
-from ..ops.gated import gated_linear_scan_step, ssd, time_steps
+from ..ops.gated import gated_linear_scan, gated_linear_scan_step, head_steps
 from .base import Mixer, State, register_mixer, with_state
 from .matrix_state import (
     GatedRMSNorm,
@@ -150,8 +150,10 @@ class Mamba2(Mixer):
             b.unflatten(-1, groups) for b in (B, C)
         )  # type: ignore[return-value]
 
-    def _rates(self) -> Tensor:
-        return -torch.exp(self.A_log.to(computing_dtype(self.A_log)))
+    def _steps(self, dt: Tensor) -> tuple[Tensor, Tensor]:
+        """Time steps and log decays, (..., H)."""
+        steps, decays = head_steps(dt, self.A_log, self.dt_bias, True, self.dt_limit, log=True)
+        return steps[0], decays[0]
 
     def _taps(self) -> tuple[Tensor, Tensor | None]:
         return self.conv1d.weight.squeeze(1), self.conv1d.bias
@@ -170,8 +172,10 @@ class Mamba2(Mixer):
         )
         u, conv = with_state(convolved)
         v, B, C = self._heads(u)
-        result = ssd(
-            *(v, dt, self._rates(), B, C, self.D, self.dt_bias, True, self.dt_limit),
+        delta, g = self._steps(dt)
+        # `ssd` from A_log: its rates are made where the steps are
+        result = gated_linear_scan(
+            *(C, B, v, g, delta, self.D),
             initial_state=None if state is None else state["h"],
             cu_seqlens=cu_seqlens,
             return_final_state=return_state,
@@ -189,7 +193,7 @@ class Mamba2(Mixer):
         self._check_state(state, x, None)
         z, u, dt = self._split(x)
         v, B, C = self._heads(causal_conv1d_step(u, state["conv"], *self._taps(), "silu"))
-        delta, g = time_steps(dt, self._rates(), self.dt_bias, True, self.dt_limit)
+        delta, g = self._steps(dt)
         skip = self.D.expand(v.shape[:2])
         y = gated_linear_scan_step(state["h"], C, B, v, g, delta, skip)
         return self.out_proj(self.norm(y.flatten(1), z)), state
@@ -201,7 +205,8 @@ class Mamba2(Mixer):
     def core(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """See `Mixer.core`: the convolved values of every head and the scan's outputs."""
         v, B, C, dt = self._scanned(x)
-        y = ssd(v, dt, self._rates(), B, C, self.D, self.dt_bias, True, self.dt_limit)
+        delta, g = self._steps(dt)
+        y = gated_linear_scan(C, B, v, g, delta, self.D)
         return v.transpose(1, 2), y.transpose(1, 2)
 
     def finish(self, x: Tensor, outputs: Tensor) -> Tensor:
@@ -215,7 +220,7 @@ class Mamba2(Mixer):
         Source: Dao & Gu 2024, arXiv 2405.21060, section 3.
         """
         _, B, C, dt = self._scanned(x)
-        delta, g = time_steps(dt, self._rates(), self.dt_bias, True, self.dt_limit)
+        delta, g = self._steps(dt)
         matrix = scan_matrix(C, B, g, delta)
         eye = torch.eye(x.shape[1], dtype=matrix.dtype, device=x.device)
         return matrix + self.D.to(matrix.dtype)[:, None, None] * eye

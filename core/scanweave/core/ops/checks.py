@@ -107,3 +107,12 @@ def on_kernels(*tensors: Tensor | None) -> bool:
     assert first is not None
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     return (first.is_cuda or interpreted) and computing_dtype(*tensors) == torch.float32
+
+
+def runs_now(x: Tensor) -> bool:
+    """Whether code that meets `x` may launch kernels on it without a registered operator.
+
+    Not where a compiler traces, for a tracer's stand-in, nor if somebody watches operators.
+    """
+    real = type(x) is Tensor and not torch.compiler.is_compiling()
+    return real and torch._C._len_torch_dispatch_stack() == 0

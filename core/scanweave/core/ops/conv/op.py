@@ -20,9 +20,11 @@ from ..checks import (
     check_tensor,
     computing_dtype,
     on_kernels,
+    runs_now,
 )
 from ..inputs import told_apart
 from . import compiled, kernels, portable
+from .step_kernel import conv_step
 
 MAX_WIDTH = 256
 
@@ -325,6 +327,10 @@ def causal_conv1d_step(
     _check(x.unsqueeze(1), weight, bias, activation, None, None)
     shape = (x.shape[0], weight.shape[1] - 1, x.shape[1])
     check_tensor("state", state, shape, x, "(B, W - 1, D)")
+    few = weight.shape[1] <= kernels.MAX_WIDTH
+    if few and runs_now(x) and on_kernels(x, weight, bias, state):
+        with torch.no_grad():
+            return conv_step(x, state, weight, bias, activation == "silu")
     with torch.no_grad():
         window = torch.cat([state.to(x.dtype), x.unsqueeze(1)], 1)
         dtype = computing_dtype(x, weight, bias)

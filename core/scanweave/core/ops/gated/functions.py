@@ -131,6 +131,12 @@ def gated_linear_scan(
 ) -> tuple[Tensor, Tensor]: ...
 
 
+@overload
+def gated_linear_scan(
+    *args: Any, return_final_state: bool, **kwargs: Any
+) -> Tensor | tuple[Tensor, Tensor]: ...
+
+
 def gated_linear_scan(
     q: Tensor,
     k: Tensor,

@@ -2,20 +2,23 @@
 
     ssd                     Mamba-2
     time_steps              its time steps and log decays
+    head_steps              the same of one or two sets of heads, from A or A_log
     gated_linear_attention  linear attention, RetNet, GLA, RWKV-5 and RWKV-6
 
 Equations and letters: `reference.py`.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, overload
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checks import check_tensor, computing_dtype
+from ..checks import check_tensor, computing_dtype, on_kernels, runs_now
 from .functions import gated_linear_scan
+from .time_steps_kernel import Form, HeadSteps
 
 
 @overload
@@ -102,6 +105,60 @@ def time_steps(
     dt_limit: tuple[float, float] = (0.0, math.inf),
 ) -> tuple[Tensor, Tensor]:
     """Time steps delta = clamp(softplus(dt + dt_bias)) and the log decay delta A, both (..., H)."""
+    if dt.shape[-1:] == A.shape and (dt_bias is None or dt_bias.shape == A.shape):
+        (delta,), (g,) = head_steps(dt, A, dt_bias, dt_softplus, dt_limit)
+        return delta, g
+    return _composed_steps(dt, A, dt_bias, dt_softplus, dt_limit)
+
+
+def head_steps(
+    dt: Tensor,
+    A: Tensor,
+    dt_bias: Tensor | None,
+    dt_softplus: bool = True,
+    dt_limit: tuple[float, float] = (0.0, math.inf),
+    *,
+    sets: int = 1,
+    log: bool = False,
+) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """`time_steps` of one or two sets of heads that share A and the bias.
+
+    Args:
+        dt: Time steps before bias and softplus, (..., R H), set after set.
+        A: Decay rates, (H,), or with `log` A_log: rates are -exp(A_log).
+        dt_bias: Added to dt, (H,).
+        dt_softplus: As in `ssd`.
+        dt_limit: As in `ssd`.
+        sets: R, 1 or 2.
+        log: A is A_log.
+
+    Returns:
+        The sets' time steps, and their log decays, (..., H) each, float32 or float64.
+    """
+    if runs_now(dt) and on_kernels(dt, A, dt_bias):
+        low, high = dt_limit
+        limited = tuple(dt_limit) != (0.0, math.inf)
+        form = Form(sets, bool(dt_softplus), float(low), float(high), limited, log)
+        found = HeadSteps.apply(dt, A, dt_bias, form)
+        return found[:sets], found[sets:]
+    if log:
+        A = -torch.exp(A.to(computing_dtype(A)))
+    if sets == 1:
+        delta, g = _composed_steps(dt, A, dt_bias, dt_softplus, dt_limit)
+        return (delta,), (g,)
+    # one elementwise pass over both
+    parts = dt.unflatten(-1, (sets, -1))
+    delta, g = _composed_steps(parts, A, dt_bias, dt_softplus, dt_limit)
+    return delta.unbind(-2), g.unbind(-2)
+
+
+def _composed_steps(
+    dt: Tensor,
+    A: Tensor,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    dt_limit: tuple[float, float],
+) -> tuple[Tensor, Tensor]:
     dtype = computing_dtype(dt, A, dt_bias)
     # elementwise: autocast changes nothing here
     delta = dt.to(dtype)

@@ -1,14 +1,15 @@
 """One token of the matrix-state scan, the state moved on in place. Equations: `reference.py`.
 
-On a CPU one registered op, which is one C function: a roll-out is many small calls. Elsewhere
-PyTorch's own operators, which compilers fuse.
+On a CPU one registered op, which is one C function, and on a GPU one kernel: a roll-out is many
+small calls. Compilers see PyTorch's own operators, which they fuse.
 """
 
 import torch
 from torch import Tensor
 
-from ..checks import check_tensor, computing_dtype
+from ..checks import check_tensor, computing_dtype, on_kernels, runs_now
 from . import compiled
+from .step_kernel import gated_step
 
 _lib = torch.library.Library("scanweave", "FRAGMENT")
 _lib.define(
@@ -133,6 +134,9 @@ def gated_linear_scan_step(
     for name, u in (("write", write), ("skip", skip)):
         if u is not None:
             check_tensor(name, u, (batch, heads), v, "(B, H)")
+    if runs_now(v) and on_kernels(q, k, v, g, write, skip, state):
+        with torch.no_grad():
+            return gated_step(state, q, k, v, g, write, skip, exclusive)
     with torch.no_grad(), torch.autocast(v.device.type, enabled=False):
         code = _step_op if v.is_cpu else _composed
         return code(state, q, k, v, g, write, skip, exclusive)
