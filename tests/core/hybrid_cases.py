@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from tests.core.stack_cases import Loader, Weights, under
+import torch
+from tests.core.stack_cases import Loader, Weights
 
 
 def from_parts(theirs: Weights, **names: str) -> Weights:
@@ -26,13 +27,43 @@ def h3_weights(theirs: Weights) -> Weights:
         loader.put(f"{layer}.0.body", mixer)
         loader.put(f"{layer}.1.body", from_parts(loader.get(f"{layer}.mlp"), up="fc1", down="fc2"))
         for j in range(2):
-            loader.put(f"{layer}.{j}.norm", under(theirs, f"{layer}.norm{j + 1}"))
+            loader.put(f"{layer}.{j}.norm", loader.get(f"{layer}.norm{j + 1}"))
     loader.put("norm", loader.get("ln_f"))
     return loader.ours
 
 
-RENAMED = {"h3_hybrid": h3_weights}
+def from_swapped(theirs: Weights) -> Weights:
+    """Weights of a gated feed-forward whose gate is the second half, as those of `gated_mlp`."""
+    up, gate = theirs["fc1.weight"].chunk(2)
+    return {"gate_up.weight": torch.cat([gate, up]), "down.weight": theirs["fc2.weight"]}
+
+
+def based_weights(theirs: Weights) -> Weights:
+    """GPTModel's, of HazyResearch/based."""
+    loader = Loader(theirs)
+    for i in range(3):
+        layer = f"layers.{i}"
+        mixer = loader.get(f"{layer}.mixer")
+        if "Wqkv.weight" in mixer:
+            mixer = from_parts(mixer, in_proj="Wqkv", out_proj="out_proj")
+        loader.put(f"{layer}.0.body", mixer)
+        loader.put(f"{layer}.1.body", from_swapped(loader.get(f"{layer}.mlp")))
+        for j in range(2):
+            loader.put(f"{layer}.{j}.norm", loader.get(f"{layer}.norm{j + 1}"))
+    loader.put("norm", loader.get("ln_f"))
+    return loader.ours
+
+
+RENAMED = {"based": based_weights, "h3_hybrid": h3_weights}
 STACKS: dict[str, dict[str, Any]] = {
+    "based": {
+        "letters": {
+            "l": ["based", {"num_heads": 2, "feature_dim": 2}],
+            "w": ["local_attention", {"num_heads": 2, "window": 3, "bias": False}],
+            # their widths are multiples of 256
+            "f": ["gated_mlp", {"expand": 32}],
+        },
+    },
     "h3_hybrid": {
         "letters": {"h": ["h3", {"d_state": 4}], "a": ["attention", {"num_heads": 2}]},
     },

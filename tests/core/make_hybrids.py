@@ -12,8 +12,9 @@ import importlib
 import logging
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -80,7 +81,114 @@ def h3_hybrid(folder: Path) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
     return model, model
 
 
-CASES = {"h3_hybrid": h3_hybrid}
+class Rotary(nn.Module):
+    """flash-attention's rotations of queries and keys, of halves of all channels."""
+
+    def __init__(self, dim: int, **options: Any) -> None:
+        super().__init__()
+        assert options["base"] == 1e4
+        assert not options["interleaved"]
+        self.dim = dim
+
+    def forward(self, qkv: Tensor, **places: Any) -> Tensor:
+        angles = torch.arange(LENGTH)[:, None] * 1e4 ** (-torch.arange(0, self.dim, 2) / self.dim)
+        cos, sin = (v.repeat(1, 2)[:, None] for v in (angles.cos(), angles.sin()))
+        q, k, v = qkv.unbind(2)
+        turned = [torch.cat([-u.chunk(2, -1)[1], u.chunk(2, -1)[0]], -1) for u in (q, k)]
+        return torch.stack([q * cos + turned[0] * sin, k * cos + turned[1] * sin, v], 2)
+
+
+class Window(nn.Module):
+    """flash-attention's causal softmax over the tokens from i - window_size[0] to i."""
+
+    def __init__(self, window_size: tuple[int, int], **options: Any) -> None:
+        super().__init__()
+        assert options["causal"]
+        self.left, self.scale = window_size[0], options["softmax_scale"]
+
+    def forward(self, qkv: Tensor, **options: Any) -> Tensor:
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        lag = torch.arange(LENGTH)[:, None] - torch.arange(LENGTH)
+        hidden = (lag < 0) | (lag > self.left)
+        scores = (q @ k.mT * self.scale).masked_fill(hidden, -torch.inf)
+        return (scores.softmax(-1) @ v).transpose(1, 2)
+
+
+def instantiate(config: Any, **more: Any) -> Any:
+    """What hydra makes of nested settings with a `_target_`, or its constructor."""
+    if not isinstance(config, dict):
+        return config
+    values = {key: instantiate(v) for key, v in config.items()}
+    module, _, name = values.pop("_target_").rpartition(".")
+    made = getattr(importlib.import_module(module), name)
+    return partial(made, **{**values, **more}) if more.pop("_partial_", False) else made(**values)
+
+
+def based(folder: Path) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+    """HazyResearch/based (commit 32c1bd4e).
+
+    `GPTModel` as train/configs/experiment/reference/based-360m.yaml has it, three layers of it:
+    its BaseConv, Taylor linear attention in its quadratic form, and sliding attention. Settings of
+    precision and fusion are off. Windowed attention, rotations, and hydra's instantiation are the
+    equations here, the RMS norm is PyTorch's; embeddings and generation are stood in for. Hidden
+    channels of the feed-forward are rounded up to 256, as that code does.
+    """
+    sys.path.insert(0, str(folder / "based"))
+    for name in ("", ".modules", ".ops", ".utils", ".layers"):
+        stand_in(f"flash_attn{name}")
+    functions = ("kvpacked", "qkvpacked", "varlen_kvpacked", "varlen_qkvpacked", "with_kvcache")
+    for name in functions:
+        end = "" if name.startswith("with") else "_func"
+        setattr(sys.modules["flash_attn"], f"flash_attn_{name}{end}", None)
+    vars(sys.modules["flash_attn"])["flash_attn_func"] = lambda window_size: None
+    stand_in("flash_attn.utils.generation", InferenceParams=None)
+    parallel = {"all_gather_raw": None, "get_dim_for_local_rank": None, "sync_shared_params": None}
+    stand_in("flash_attn.utils.distributed", **parallel)
+    stand_in("flash_attn.utils.pretrained", state_dict_from_pretrained=None)
+    stand_in("flash_attn.ops.activations", sqrelu_fwd=None)
+    stand_in("flash_attn.layers.rotary", RotaryEmbedding=Rotary)
+    stand_in("flash_attn.modules.mha", MHA=None, ParallelMHA=None)
+    parts = dict.fromkeys(("FusedMLP", "Mlp", "ParallelFusedMLP", "ParallelMLP"))
+    stand_in("flash_attn.modules.mlp", **parts)
+    embeddings = {"GPT2Embeddings": lambda *_, **__: Same(), "ParallelGPT2Embeddings": None}
+    stand_in("flash_attn.modules.embedding", **embeddings)
+    stand_in("hydra", utils=SimpleNamespace(instantiate=instantiate))
+    stand_in("based.ops.triton.layer_norm", RMSNorm=nn.RMSNorm)
+    stand_in("based.utils.hf", load_config_hf=None, load_state_dict_hf=None)
+    mixins = {name: type(name, (), {}) for name in ("GenerationMixin", "NaiveGenerationMixin")}
+    stand_in("based.generation", InferenceParams=None, **mixins)
+    slide = importlib.import_module("based.models.mixers.slide_attention")
+    slide.FlashSelfAttention = Window  # pyright: ignore[reportAttributeAccessIssue]
+    slide.FlashCrossAttention = Window  # pyright: ignore[reportAttributeAccessIssue]
+    code = importlib.import_module("based.models.gpt")
+    mixers = "based.models.mixers"
+    linear = f"{mixers}.linear_attention"
+    config = code.GPT2MixerConfig(n_embd=D_MODEL, n_head=2, n_layer=3, n_inner=2 * D_MODEL)
+    settings = {
+        "mixer": {"_target_": f"{mixers}.convolution.BaseConv", "l_max": 64, "expand_proj": 4},
+        "alt_mixer": {
+            "_target_": f"{linear}.LinearAttention",
+            "feature_map": {"_target_": f"{linear}.TaylorExp", "input_dim": 2},
+            "feature_dim": 2,
+            "num_heads": 2,
+        },
+        "alt_mixer_2": {"_target_": f"{mixers}.slide_attention.SlidingAttention", "window_size": 4},
+        "alt_mixer_layers": [1],
+        "alt_mixer_2_layers": [2],
+        "activation_function": "swiglu",
+        "rotary_emb_fraction": 1,
+        "rms_norm": True,
+        "max_position_embeddings": 0,
+    }
+    settings |= dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0)
+    biases = ("mlp_fc1_bias", "mlp_fc2_bias", "out_proj_bias", "qkv_proj_bias")
+    for name, value in {**settings, **dict.fromkeys(biases, False)}.items():
+        setattr(config, name, value)
+    model = code.GPTModel(config)
+    return model, model
+
+
+CASES = {"based": based, "h3_hybrid": h3_hybrid}
 
 
 def make(name: str, folder: Path) -> None:

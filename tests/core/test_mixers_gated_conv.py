@@ -81,6 +81,7 @@ def test_both_directions_are_their_sums(assert_near: Check, width: int, skip: bo
 def test_errors():
     for name, config, match in (
         ("base_conv", {"kernel_size": 0}, "kernel_size must be at least 1, got 0"),
+        ("base_conv", {"expand": 0}, r"expand \* d_model must be at least 1, got 0"),
         ("base_conv_bidirectional", {"kernel_size": 4}, "kernel_size must be odd, got 4"),
     ):
         with pytest.raises(ValueError, match=match):

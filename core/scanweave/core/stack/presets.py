@@ -155,7 +155,7 @@ PRESETS: dict[str, Preset] = {
         "5*((c f)(l f)(w f)(c f)(c f)) (c f)(c f)",
         "Arora et al. 2024, arXiv 2402.18668",
         {
-            "c": "base_conv",
+            "c": ("base_conv", {"expand": 2, "skip": False}),
             "l": "based",
             # 128 tokens before one's own
             "w": ("local_attention", {"window": 129, "bias": False}),
