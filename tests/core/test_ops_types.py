@@ -32,6 +32,7 @@ from scanweave.core import (
     symmetric_conv1d,
     wkv,
 )
+from scanweave.core.ops.norm.layer import add_layer_norm_cast, layer_norm_cast
 
 pytestmark = pytest.mark.skipif(
     compiled_code.interpreted(), reason="TRITON_INTERPRET=1: kernels are not compiled"
@@ -154,6 +155,18 @@ def test_norms(mix: Mix, norm_first: bool):
     weight = torch.ones(48, dtype=mix["weights"])
     inputs = each({"x": x, "weight": weight, "z": z}, Tensor.clone)
     check(rms_norm_gated, inputs, group_size=24, norm_before_gate=norm_first)
+
+
+@MIX
+@pytest.mark.parametrize("stream", [torch.float32, HALF], ids=lambda d: str(d)[6:])
+def test_layer_norms(mix: Mix, stream: torch.dtype):
+    x, branch = (torch.zeros(9, 48, dtype=kind) for kind in (stream, mix["dtype"]))
+    weight, bias = (torch.ones(48, dtype=mix["weights"]) for _ in range(2))
+    inputs = each({"x": x, "branch": branch, "weight": weight, "bias": bias}, Tensor.clone)
+    check(add_layer_norm_cast, inputs, eps=1e-5, dtype=HALF)
+    del inputs["branch"]
+    for dtype in (HALF, torch.float32):
+        check(layer_norm_cast, inputs, eps=1e-5, dtype=dtype)
 
 
 @MIX

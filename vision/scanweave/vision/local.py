@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from scanweave.core import causal_conv1d, create_mixer, selective_scan
 
+from .layer_norm import LayerNorm
 from .scan_matrix import ScanMatrix
 
 _NAME = re.compile(r"(h|v|w([1-9]\d*))(_flip)?")
@@ -109,7 +110,7 @@ class ChannelAttention(nn.Module):
     ) -> None:
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.norm = nn.LayerNorm(dim, **dd)
+        self.norm = LayerNorm(dim, **dd)
         self.global_reduce = nn.Linear(dim, max(dim // 8, 1), **dd)
         self.channel_select = nn.Linear(max(dim // 8, 1), dim, **dd)
 

@@ -30,6 +30,7 @@ from torch._jit_internal import is_scripting
 from scanweave.core import grid_paths, path_selective_scan
 
 from .block import at_least_float32
+from .layer_norm import LayerNorm
 from .scan_matrix import ScanMatrix
 
 Gate = Literal["none", "silu", "linear"]
@@ -167,7 +168,7 @@ class SS2D(nn.Module):
         self.dt_projs_bias = nn.Parameter(torch.empty(count, inner, **dd))
         self.A_logs = nn.Parameter(torch.empty(count * inner, d_state, **full))
         self.Ds = nn.Parameter(torch.empty(count * inner, **full))
-        self.out_norm = nn.LayerNorm(inner, eps=norm_eps, **dd)
+        self.out_norm = LayerNorm(inner, norm_eps, **dd)
         self.out_proj = nn.Linear(inner, dim, bias=False, **dd)
         self._reset_scan()
 

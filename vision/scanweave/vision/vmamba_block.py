@@ -23,7 +23,9 @@ import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, Mlp, SelectAdaptivePool2d
 from torch import Tensor, nn
+from torch._jit_internal import is_scripting
 
+from .layer_norm import LayerNorm, add_and_norm
 from .local_ss2d import LocalPaths, LocalSS2D
 from .ss2d import SS2D, GridPaths
 
@@ -54,7 +56,7 @@ class _PatchMerging(nn.Module):
 
     def __init__(self, dim: int, out_dim: int, norm_eps: float, **dd: Any) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(4 * dim, eps=norm_eps, **dd)
+        self.norm = LayerNorm(4 * dim, norm_eps, **dd)
         self.reduction = nn.Linear(4 * dim, out_dim, bias=False, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -74,18 +76,18 @@ def make_stem(
     """
     if version == "v1":
         conv = nn.Conv2d(in_chans, dim, 4, stride=4, **dd)
-        return nn.Sequential(conv, _ToLast(), nn.LayerNorm(dim, eps=norm_eps, **dd))
+        return nn.Sequential(conv, _ToLast(), LayerNorm(dim, norm_eps, False, **dd))
     if version != "v2":
         raise ValueError(f"stem must be 'v1' or 'v2', got {version!r}")
     return nn.Sequential(
         nn.Conv2d(in_chans, dim // 2, 3, stride=2, padding=1, **dd),
         _ToLast(),
-        nn.LayerNorm(dim // 2, eps=norm_eps, **dd),
+        LayerNorm(dim // 2, norm_eps, **dd),
         _ToFirst(),
         nn.GELU(),
         nn.Conv2d(dim // 2, dim, 3, stride=2, padding=1, **dd),
         _ToLast(),
-        nn.LayerNorm(dim, eps=norm_eps, **dd),
+        LayerNorm(dim, norm_eps, False, **dd),
     )
 
 
@@ -103,7 +105,7 @@ def make_downsample(
         raise ValueError(f"downsample must be 'v1', 'v2' or 'v3', got {version!r}")
     side = 2 if version == "v2" else 3
     conv = nn.Conv2d(dim, out_dim, side, stride=2, padding=side // 2 if side == 3 else 0, **dd)
-    return nn.Sequential(_ToFirst(), conv, _ToLast(), nn.LayerNorm(out_dim, eps=norm_eps, **dd))
+    return nn.Sequential(_ToFirst(), conv, _ToLast(), LayerNorm(out_dim, norm_eps, False, **dd))
 
 
 def stem_grid(version: str, img_size: tuple[int, int]) -> tuple[int, int]:
@@ -147,7 +149,7 @@ class VSSBlock(nn.Module):
     ) -> None:
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.norm = nn.LayerNorm(dim, eps=norm_eps, **dd)
+        self.norm = LayerNorm(dim, norm_eps, **dd)
         given = {**mixer_args, "norm_eps": norm_eps, **dd}
         if isinstance(paths, LocalPaths):
             self.op: SS2D = LocalSS2D(dim, paths, **given)
@@ -155,15 +157,20 @@ class VSSBlock(nn.Module):
             self.op = SS2D(dim, paths, **given)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         has_mlp = mlp_ratio > 0
-        self.norm2 = nn.LayerNorm(dim, eps=norm_eps, **dd) if has_mlp else None
+        self.norm2 = LayerNorm(dim, norm_eps, **dd) if has_mlp else None
         self.mlp = Mlp(dim, int(mlp_ratio * dim), **dd) if has_mlp else None
 
     def forward(self, x: Tensor) -> Tensor:
         """The stream after this block, (B, H, W, D)."""
-        x = x + self.drop_path(self.op(self.norm(x)))
+        y = self.drop_path(self.op(self.norm(x)))
         if self.norm2 is not None and self.mlp is not None:
-            x = x + self.drop_path(self.mlp(self.norm2(x)))
-        return x
+            if is_scripting():
+                x = x + y
+                y = self.norm2(x)
+            else:
+                x, y = add_and_norm(x, y, self.norm2)
+            y = self.drop_path(self.mlp(y))
+        return x + y
 
 
 class Stage(nn.Module):
@@ -203,7 +210,7 @@ class Classifier(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.norm: nn.Module = nn.LayerNorm(dim, eps=norm_eps, device=device, dtype=dtype)
+        self.norm: nn.Module = LayerNorm(dim, norm_eps, False, device, dtype)
         self.drop = nn.Dropout(drop_rate)
         self.reset(dim, num_classes, global_pool, device, dtype)
 

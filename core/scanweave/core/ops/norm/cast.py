@@ -33,6 +33,14 @@ class _RmsNormCast(torch.autograd.Function):
         return dx.view(x.shape), dweight.to(weight.dtype), None, None
 
 
+def runs_kernels(x: Tensor, *others: Tensor) -> bool:
+    """Whether a norm of `x` (..., D) is a kernel's: not for tracers, compilers and wide rows."""
+    # subclasses are tracers' stand-ins, which have no memory; a trace would hold no launch
+    tracing = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+    real = type(x) is Tensor and not (tracing or torch.compiler.is_compiling())
+    return real and on_kernels(x, *others) and x.shape[-1] <= MAX_KERNEL_SIZE
+
+
 def rms_norm_cast(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     """Normalise the last axis by its root mean square, in float32 or wider, and round.
 
@@ -47,9 +55,7 @@ def rms_norm_cast(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> 
 
     Source: Zhang & Sennrich 2019, arXiv 1910.07467.
     """
-    # subclasses are tracers' stand-ins, which have no memory
-    real = type(x) is Tensor and not torch.compiler.is_compiling()
-    if real and on_kernels(x, weight) and x.shape[-1] <= MAX_KERNEL_SIZE:
+    if runs_kernels(x, weight):
         return _RmsNormCast.apply(x, weight, eps, dtype)
     wide = torch.promote_types(x.dtype, torch.float32)
     with without_autocast(x):

@@ -1,0 +1,215 @@
+"""Layer norm on a GPU: one pass over the rows forward, one backward, a sum of branches included.
+
+A program holds whole rows in registers, so mean and variance are two passes over what it holds.
+Gradients of weight and bias are summed over a program's rows and then, by PyTorch, over programs.
+
+Letters: R rows, D channels.
+"""
+# Triton's own language: constant branches, launch options
+# pyright: reportPossiblyUnboundVariable=false, reportCallIssue=false, reportArgumentType=false
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..launch import adjacent, ceil_div, on_device, power_of_2, processors
+
+# elements of a program's tile; programs a multiprocessor and the fewest tiles of one, backward
+TILE = 2048
+PROGRAMS = 12
+EACH = 4
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _forward_kernel(
+    x_ptr,
+    branch_ptr,
+    w_ptr,
+    b_ptr,
+    total_ptr,
+    out_ptr,
+    rows,
+    size,
+    stride_x,
+    stride_branch,
+    eps,
+    HAS_BRANCH: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    offs_r = (tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R))[:, None]
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_d = offs_d < size
+    channel = offs_d[None, :]
+    mask = (offs_r < rows) & mask_d[None, :]
+    x = tl.load(x_ptr + offs_r * stride_x + channel, mask=mask, other=0.0).to(tl.float32)
+    w = tl.load(w_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)
+    b = tl.load(b_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)
+    if HAS_BRANCH:
+        branch_at = branch_ptr + offs_r * stride_branch + channel
+        x += tl.load(branch_at, mask=mask, other=0.0).to(tl.float32)
+        # what is normalised is the sum as it is kept
+        total = x.to(total_ptr.dtype.element_ty)
+        tl.store(total_ptr + offs_r * size + channel, total, mask=mask)
+        x = total.to(tl.float32)
+    mean = tl.sum(x, 1) / size
+    x = tl.where(mask, x - mean[:, None], 0.0)
+    scale = tl.rsqrt(tl.sum(x * x, 1) / size + eps)
+    out = x * scale[:, None] * w[None, :] + b[None, :]
+    tl.store(out_ptr + offs_r * size + channel, out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["rows", "each"])
+def _backward_kernel(
+    dout_ptr,
+    dtotal_ptr,
+    x_ptr,
+    w_ptr,
+    dx_ptr,
+    dbranch_ptr,
+    dparams_ptr,  # (programs, 2, D)
+    rows,
+    size,
+    each,  # tiles of a program
+    stride_dout,
+    stride_dtotal,
+    stride_x,
+    eps,
+    HAS_TOTAL: tl.constexpr,
+    HAS_BRANCH: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    pid = tl.program_id(0).to(tl.int64)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_d = offs_d < size
+    channel = offs_d[None, :]
+    w = tl.load(w_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)
+    # summed over rows once, at the end
+    dw = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+    db = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+    for tile in range(0, each):
+        offs_r = ((pid * each + tile) * BLOCK_R + tl.arange(0, BLOCK_R))[:, None]
+        mask = (offs_r < rows) & mask_d[None, :]
+        x = tl.load(x_ptr + offs_r * stride_x + channel, mask=mask, other=0.0).to(tl.float32)
+        dout = tl.load(dout_ptr + offs_r * stride_dout + channel, mask=mask, other=0.0)
+        dout = dout.to(tl.float32)
+        x = tl.where(mask, x - (tl.sum(x, 1) / size)[:, None], 0.0)
+        scale = tl.rsqrt(tl.sum(x * x, 1) / size + eps)[:, None]
+        normed = x * scale
+        dw += dout * normed
+        db += dout
+        dnormed = dout * w[None, :]
+        along = (tl.sum(dnormed * normed, 1) / size)[:, None]
+        dx = scale * (dnormed - (tl.sum(dnormed, 1) / size)[:, None] - normed * along)
+        at = offs_r * size + channel
+        if HAS_TOTAL:
+            dtotal_at = dtotal_ptr + offs_r * stride_dtotal + channel
+            dx += tl.load(dtotal_at, mask=mask, other=0.0).to(tl.float32)
+        if HAS_BRANCH:
+            tl.store(dbranch_ptr + at, dx.to(dbranch_ptr.dtype.element_ty), mask=mask)
+        tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+    dparams_at = dparams_ptr + pid * 2 * size + offs_d
+    tl.store(dparams_at, tl.sum(dw, 0), mask=mask_d)
+    tl.store(dparams_at + size, tl.sum(db, 0), mask=mask_d)
+
+
+def _tile(rows: int, size: int) -> tuple[int, int, int]:
+    """BLOCK_R, BLOCK_D and warps."""
+    block_d = power_of_2(size)
+    block_r = max(1, min(TILE // block_d, power_of_2(rows)))
+    # 16 elements a thread: the backward holds four values of each
+    return block_r, block_d, min(16, max(1, block_r * block_d // 512))
+
+
+def forward(
+    x: Tensor,
+    branch: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """What is normalised, `x` (R, D) itself without a branch, and its norm in `dtype`."""
+    rows, size = x.shape
+    out = torch.empty((rows, size), dtype=dtype, device=x.device)
+    total = x = adjacent(x)
+    if branch is not None:
+        branch = adjacent(branch)
+        total = torch.empty_like(out, dtype=torch.promote_types(x.dtype, branch.dtype))
+    if out.numel() == 0:
+        return total, out
+    block_r, block_d, warps = _tile(rows, size)
+    with on_device(x):
+        _forward_kernel[(ceil_div(rows, block_r),)](
+            x,
+            branch,
+            weight.contiguous(),
+            bias.contiguous(),
+            total,
+            out,
+            rows,
+            size,
+            x.stride(0),
+            0 if branch is None else branch.stride(0),
+            eps,
+            HAS_BRANCH=branch is not None,
+            BLOCK_R=block_r,
+            BLOCK_D=block_d,
+            num_warps=warps,
+            enable_fp_fusion=True,
+        )
+    return total, out
+
+
+def backward(
+    dout: Tensor,
+    dtotal: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+    branch_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients: in `dtype`, the same in `branch_dtype`, and of weight and bias (2, D) float32.
+
+    `x` is what was normalised and `dtotal` its gradient from elsewhere, all (R, D).
+    """
+    rows, size = x.shape
+    dx = torch.empty((rows, size), dtype=dtype, device=x.device)
+    apart = dtype != branch_dtype
+    dbranch = torch.empty_like(dx, dtype=branch_dtype) if apart else dx
+    if dx.numel() == 0:
+        return dx, dbranch, weight.new_zeros((2, size), dtype=torch.float32)
+    dout, x, dtotal = adjacent(dout), adjacent(x), None if dtotal is None else adjacent(dtotal)
+    block_r, block_d, warps = _tile(rows, size)
+    tiles = ceil_div(rows, block_r)
+    # every program writes two rows of sums, which are read again
+    each = max(min(EACH, tiles), ceil_div(tiles, PROGRAMS * processors(x.device)))
+    programs = ceil_div(tiles, each)
+    dparams = torch.empty((programs, 2, size), dtype=torch.float32, device=x.device)
+    with on_device(x):
+        _backward_kernel[(programs,)](
+            dout,
+            dtotal,
+            x,
+            weight.contiguous(),
+            dx,
+            dbranch,
+            dparams,
+            rows,
+            size,
+            each,
+            dout.stride(0),
+            0 if dtotal is None else dtotal.stride(0),
+            x.stride(0),
+            eps,
+            HAS_TOTAL=dtotal is not None,
+            HAS_BRANCH=apart,
+            BLOCK_R=block_r,
+            BLOCK_D=block_d,
+            num_warps=warps,
+            enable_fp_fusion=True,
+        )
+    return dx, dbranch, dparams.sum(0)

@@ -1,0 +1,83 @@
+"""Layer norm of a residual stream on GPUs, in one launch with the sum before it and the cast after.
+
+Under autocast PyTorch widens what it normalises to float32 and gives float32, which the next
+projection rounds; on rows of a few hundred channels its kernel is far from the memory's speed.
+Elsewhere (CPUs, float64, compilers, tracers, TorchScript) PyTorch's own operators run.
+
+    LayerNorm       the module
+    add_and_norm    x + branch, and the norm of that
+"""
+
+# timm.layers exports its names without saying so to type checkers
+# pyright: reportPrivateImportUsage=false
+
+import torch
+import torch.nn.functional as F
+from timm.layers import register_notrace_module
+from torch import Tensor, nn
+from torch._jit_internal import is_scripting
+
+from scanweave.core.ops.norm.cast import runs_kernels
+from scanweave.core.ops.norm.layer import add_layer_norm_cast, layer_norm_cast
+
+
+class LayerNorm(nn.LayerNorm):
+    """`nn.LayerNorm` over the last axis of (..., D).
+
+    Args:
+        dim: Channels D.
+        eps: Added to the variance.
+        rounded: Under autocast on a GPU, give what a projection reads, values of 16 bits; else
+            float32, as a residual stream is kept.
+        device: Where the parameters are made.
+        dtype: Type of the parameters.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        eps: float = 1e-5,
+        rounded: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(dim, eps=eps, device=device, dtype=dtype)
+        self.rounded = rounded
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise the last axis of (..., D)."""
+        x = input
+        if not is_scripting() and self._on_kernel(x):
+            return layer_norm_cast(x, self.weight, self.bias, self.eps, self.given_dtype(x))
+        return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+
+    @torch.jit.unused
+    def _on_kernel(self, x: Tensor) -> bool:
+        return runs_kernels(x, self.weight, self.bias)
+
+    @torch.jit.unused
+    def given_dtype(self, x: Tensor) -> torch.dtype:
+        """What the norm of `x` has where the kernel runs."""
+        kind = x.device.type
+        if not torch.is_autocast_enabled(kind):
+            return x.dtype
+        return torch.get_autocast_dtype(kind) if self.rounded else torch.float32
+
+
+def add_and_norm(x: Tensor, branch: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """Add a branch to a stream, (..., D) each, and give the sum and its norm.
+
+    A norm that somebody put in the place of ours, or watches, is called.
+    """
+    if type(norm) is LayerNorm and not (norm._forward_hooks or norm._forward_pre_hooks):
+        weight, bias = norm.weight, norm.bias
+        if runs_kernels(x, weight, bias, branch) and x.dtype == torch.promote_types(
+            x.dtype, branch.dtype
+        ):
+            return add_layer_norm_cast(x, branch, weight, bias, norm.eps, norm.given_dtype(x))
+    x = x + branch
+    return x, norm(x)
+
+
+# a leaf for torch.fx, so that traced models launch the kernel too
+register_notrace_module(LayerNorm)
