@@ -54,7 +54,26 @@ def based_weights(theirs: Weights) -> Weights:
     return loader.ours
 
 
-RENAMED = {"based": based_weights, "h3_hybrid": h3_weights}
+def moe_mamba_weights(theirs: Weights) -> Weights:
+    """TransformerTower's, of llm-random."""
+    loader = Loader(theirs)
+    for i in range(2):
+        block = f"blocks.block_{i}.block.residual"
+        loader.put(f"layers.{i}.0.norm", loader.get(f"{block}_mamba.layer.pre_norm"))
+        loader.put(f"layers.{i}.0.body", loader.get(f"{block}_mamba.layer.mamba"))
+        loader.put(f"layers.{i}.1.norm", loader.get(f"{block}_feedforward.layer.pre_norm"))
+        names = {
+            "router.weight": "gating.gate",
+            "up": "expert_inner_function.lin1_weight",
+            "down": "expert_inner_function.lin2_weight",
+        }
+        feed = loader.get(f"{block}_feedforward.layer.feedforward")
+        # maps are stored for vectors on their left
+        loader.put(f"layers.{i}.1.body", {ours: feed[name].mT for ours, name in names.items()})
+    return loader.ours
+
+
+RENAMED = {"based": based_weights, "h3_hybrid": h3_weights, "moe_mamba": moe_mamba_weights}
 STACKS: dict[str, dict[str, Any]] = {
     "based": {
         "letters": {
@@ -66,5 +85,23 @@ STACKS: dict[str, dict[str, Any]] = {
     },
     "h3_hybrid": {
         "letters": {"h": ["h3", {"d_state": 4}], "a": ["attention", {"num_heads": 2}]},
+    },
+    "moe_mamba": {
+        "depth": 2,
+        "final_norm": False,
+        "letters": {
+            "m": ["mamba", {"d_state": 3, "dt_rank": 1}],
+            "e": [
+                "moe",
+                {
+                    "num_experts": 3,
+                    "router": "switch",
+                    "capacity": 3.0,
+                    "expand": 1.5,
+                    "activation": "relu",
+                    "gated": False,
+                },
+            ],
+        },
     },
 }

@@ -5,7 +5,8 @@ published code runs on a CPU in float64; what it takes of packages with CUDA cod
 here by its equations, at places that each function tells.
 
 A file `data/hybrid_<name>.npz` holds names and shapes of the published parameters, and on `weights`
-of these the output y and the input's gradient dx; nothing of the code.
+of these the output y and the input's gradient dx (dx_training, where experts are balanced in
+training); nothing of the code.
 """
 
 import importlib
@@ -15,10 +16,11 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tests.core.wave_cases import waves
 from torch import Tensor, nn
 
@@ -57,7 +59,14 @@ def stand_in(name: str, **content: Any) -> ModuleType:
     return module
 
 
-def h3_hybrid(folder: Path) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+class Case(NamedTuple):
+    """A published model, and the losses that its experts leave to be added in training."""
+
+    model: nn.Module
+    balance: Callable[[], Tensor] | None = None
+
+
+def h3_hybrid(folder: Path) -> Case:
     """HazyResearch/H3 (commit 5c4d06b5) with flash-attention (33e0860c), as H3 pins it.
 
     `SSMModel` with one layer of attention behind eight of H3. Attention and blocks are
@@ -78,7 +87,7 @@ def h3_hybrid(folder: Path) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
         attn_layer_idx=[8],
         attn_cfg={"num_heads": 2},
     )
-    return model, model
+    return Case(model)
 
 
 class Rotary(nn.Module):
@@ -124,7 +133,7 @@ def instantiate(config: Any, **more: Any) -> Any:
     return partial(made, **{**values, **more}) if more.pop("_partial_", False) else made(**values)
 
 
-def based(folder: Path) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+def based(folder: Path) -> Case:
     """HazyResearch/based (commit 32c1bd4e).
 
     `GPTModel` as train/configs/experiment/reference/based-360m.yaml has it, three layers of it:
@@ -184,11 +193,71 @@ def based(folder: Path) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
     biases = ("mlp_fc1_bias", "mlp_fc2_bias", "out_proj_bias", "qkv_proj_bias")
     for name, value in {**settings, **dict.fromkeys(biases, False)}.items():
         setattr(config, name, value)
-    model = code.GPTModel(config)
-    return model, model
+    return Case(code.GPTModel(config))
 
 
-CASES = {"based": based, "h3_hybrid": h3_hybrid}
+class Mamba(nn.Module):
+    """mamba_ssm's layer: its parameters, and its equations one token after the other."""
+
+    def __init__(self, d_model: int, expand: float) -> None:
+        super().__init__()
+        self.inner, self.state, self.rank = int(expand * d_model), 3, 1
+        self.in_proj = nn.Linear(d_model, 2 * self.inner, bias=False)
+        self.conv1d = nn.Conv1d(self.inner, self.inner, 4, groups=self.inner, padding=3)
+        self.x_proj = nn.Linear(self.inner, self.rank + 2 * self.state, bias=False)
+        self.dt_proj = nn.Linear(self.rank, self.inner)
+        self.A_log = nn.Parameter(torch.zeros(self.inner, self.state))
+        self.D = nn.Parameter(torch.zeros(self.inner))
+        self.out_proj = nn.Linear(self.inner, d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        u, z = self.in_proj(x).chunk(2, -1)
+        u = F.silu(self.conv1d(u.mT)[..., : x.shape[1]].mT)
+        low, b, c = self.x_proj(u).split([self.rank, self.state, self.state], -1)
+        dt = F.softplus(self.dt_proj(low)).unsqueeze(-1)
+        h, outputs = torch.zeros(()), []
+        for t in range(x.shape[1]):
+            written = dt[:, t] * b[:, t, None] * u[:, t, :, None]
+            h = (-dt[:, t] * self.A_log.exp()).exp() * h + written
+            outputs.append((h * c[:, t, None]).sum(-1) + self.D * u[:, t])
+        return self.out_proj(torch.stack(outputs, 1) * F.silu(z))
+
+
+def moe_mamba(folder: Path) -> Case:
+    """llm-random/llm-random (commit 67be78cb).
+
+    Two blocks of `TransformerTower` with `TokenChoiceFF`, as configs/experiments/mamba_dff_exp
+    has it, with places for all tokens: which ones its code drops is for topk on equal values. The
+    balancing losses are those that its trainer adds. Mamba's layer is the one here; einsum of
+    fancy_einsum, of letters only, is PyTorch's, and its logging is not there.
+    """
+    sys.path.insert(0, str(folder / "llm-random"))
+    stand_in("plotly", express=None)
+    stand_in("opt_einsum")
+    stand_in("fancy_einsum", einsum=torch.einsum)
+    stand_in("lizrd.support.logging", make_histogram=None)
+    llm = importlib.import_module("lizrd.core.llm")
+    moe = importlib.import_module("research.conditional.moe_layers.token_choice")
+    experts = importlib.import_module("research.conditional.moe_layers.expert_types")
+    init = {"init_type": "truncated_normal", "init_scale": 0.1}
+
+    def feed_forward() -> nn.Module:
+        inner = experts.ExpertFF(D_MODEL, n_experts=3, expert_size=12, **init)
+        return moe.TokenChoiceFF(D_MODEL, 3, 3.0, 0.01, expert_inner_function=inner, **init)
+
+    parts = {"mamba": lambda: Mamba(D_MODEL, expand=2), "feedforward": feed_forward}
+    model = llm.TransformerTower(2, D_MODEL, parts, device=torch.device("cpu"))
+    gates = [part for part in model.modules() if hasattr(part, "load_balancing_loss_weight")]
+    for part in model.modules():
+        part.forward_pass_cache = {}  # pyright: ignore[reportAttributeAccessIssue]
+    return Case(model, lambda: sum(g.forward_pass_cache["load_balancing_losses"][0] for g in gates))
+
+
+CASES: dict[str, Callable[[Path], Case]] = {
+    "based": based,
+    "h3_hybrid": h3_hybrid,
+    "moe_mamba": moe_mamba,
+}
 
 
 def make(name: str, folder: Path) -> None:
@@ -196,19 +265,21 @@ def make(name: str, folder: Path) -> None:
     torch.set_default_dtype(torch.float64)
     # kernels are cast to float32 here and there
     torch.Tensor.float = torch.Tensor.double  # pyright: ignore[reportAttributeAccessIssue]
-    model, run = CASES[name](folder)
+    model, balance = CASES[name](folder)
     model.double().eval()
     shapes = {key: tuple(p.shape) for key, p in model.named_parameters()}
     missing, strange = model.load_state_dict(weights(shapes), strict=False)
     assert not strange
     assert not set(missing) & shapes.keys()
     x, g = inputs()
-    y = run(x)
-    (dx,) = torch.autograd.grad(y, x, g)
+    y = model(x)
+    (dx,) = torch.autograd.grad(y, x, g, retain_graph=True)
+    found = {"y": y.detach(), "dx": dx}
+    if balance is not None:
+        (found["dx_training"],) = torch.autograd.grad((y * g).sum() + balance(), x)
     names = np.array([f"{key} {' '.join(map(str, s))}" for key, s in shapes.items()])
-    np.savez_compressed(
-        DATA / f"hybrid_{name}.npz", parameters=names, y=y.detach().numpy(), dx=dx.numpy()
-    )
+    arrays = {key: v.numpy() for key, v in found.items()}
+    np.savez_compressed(DATA / f"hybrid_{name}.npz", parameters=names, **arrays)  # type: ignore[arg-type]
 
 
 if __name__ == "__main__":

@@ -19,12 +19,12 @@ Check = Callable[..., None]
 
 
 @cache
-def stored(name: str) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """Published parameters, y and dx."""
+def stored(name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Published parameters, and results: y, dx, and perhaps dx_training."""
     with np.load(DATA / f"hybrid_{name}.npz") as file:
         lines = [line.split() for line in file["parameters"].tolist()]
-        y, dx = (torch.from_numpy(file[key]) for key in ("y", "dx"))
-    return weights({key: [int(n) for n in shape] for key, *shape in lines}), y, dx
+        found = {key: torch.from_numpy(file[key]) for key in file.files if key != "parameters"}
+    return weights({key: [int(n) for n in shape] for key, *shape in lines}), found
 
 
 def built(name: str, dtype: torch.dtype) -> Mixer:
@@ -37,21 +37,30 @@ def built(name: str, dtype: torch.dtype) -> Mixer:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("name", STACKS)
 def test_equals_the_published_code(assert_near: Check, name: str, dtype: torch.dtype):
-    stack, (_, y, dx) = built(name, dtype), stored(name)
+    stack, (_, expected) = built(name, dtype), stored(name)
     x, g = (v.detach().to(dtype) for v in inputs())
-    actual = stack(x.requires_grad_())
-    assert_near(actual, y.to(dtype), dtype=dtype)
-    (found,) = torch.autograd.grad(actual, x, g)
-    assert_near(found, dx.to(dtype), dtype=dtype, gradient=True)
+    y = stack(x.requires_grad_())
+    assert_near(y, expected["y"], dtype=dtype)
+    assert_near(torch.autograd.grad(y, x, g)[0], expected["dx"], dtype=dtype, gradient=True)
 
 
 @pytest.mark.parametrize("name", STACKS)
 def test_steps_equal_the_published_code(assert_near: Check, name: str):
-    stack, (_, y, _) = built(name, torch.float64), stored(name)
+    stack, (_, expected) = built(name, torch.float64), stored(name)
     x, parts = inputs()[0].detach(), []
     with torch.no_grad():
         state = stack.init_state(2)
         for t in range(x.shape[1]):
             out, state = stack.step(x[:, t], state)
             parts.append(out)
-    assert_near(torch.stack(parts, 1), y)
+    assert_near(torch.stack(parts, 1), expected["y"])
+
+
+def test_trains_experts_as_moe_mamba(assert_near: Check):
+    """With places for all tokens; the balancing loss acts on the gradient."""
+    stack, (_, expected) = built("moe_mamba", torch.float64).train(), stored("moe_mamba")
+    x, g = inputs()
+    y = stack(x)
+    assert_near(y, expected["y"])
+    assert_near(torch.autograd.grad(y, x, g)[0], expected["dx_training"], gradient=True)
+    assert (expected["dx_training"] - expected["dx"]).abs().max() > 1e-4
