@@ -73,7 +73,7 @@ def test_every_norm_of_a_model_is_ours() -> None:
 @pytest.mark.interpret
 def test_kernels_give_the_same_model(assert_near: Callable[..., None]) -> None:
     """Logits and the gradients of every parameter, float32 and under autocast."""
-    model = tiny(gate="silu", drop_path_rate=0.5).to(device()).train()
+    model = tiny(gate="silu", drop_path_rate=0.5, depths=(2, 1)).to(device()).train()
     x = torch.randn(2, 3, 8, 8, device=device())
 
     def run(half: bool) -> tuple[Tensor, Tensor]:
@@ -86,9 +86,10 @@ def test_kernels_give_the_same_model(assert_near: Callable[..., None]) -> None:
         expected = run(False)
     with mock.patch.object(layer_kernels, "forward", wraps=layer_kernels.forward) as launched:
         found = run(False)
-    # two of the stem, three a block of which one is a launch with the sum before it, two more
-    assert launched.call_count == 2 + 3 * 2 + 2
-    assert sum(call.args[1] is not None for call in launched.call_args_list) == 2
+    # two of the stem, three a block, two more; with the sum before it one a block, and one between
+    # the two of the first stage
+    assert launched.call_count == 2 + 3 * 3 + 2
+    assert sum(call.args[1] is not None for call in launched.call_args_list) == 3 + 1
     assert_near(found[0], expected[0])
     assert away(found[1], expected[1]) < 1e-4
     half = run(True)
@@ -112,21 +113,47 @@ def test_dtypes_under_autocast() -> None:
     torch.testing.assert_close(norm(x), F.layer_norm(x, (8,), norm.weight, norm.bias, 1e-5))
 
 
+class _Double(nn.Module):
+    """Quick in the place of a mixer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+def blocks(count: int) -> Any:
+    made = tiny(depths=(count, 1)).to(device()).eval().layers[0].blocks
+    for block in made:
+        block.op = _Double()
+    return made
+
+
 @pytest.mark.interpret
-def test_watched_and_foreign_norms_are_called() -> None:
-    model = tiny().to(device()).eval()
-    seen: list[Tensor] = []
-    block = model.layers[0].blocks[0]
-    block.norm2.register_forward_hook(lambda module, args, out: seen.append(args[0]))
-    inputs: list[Tensor] = []
-    block.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
-    x = torch.randn(1, 3, 8, 8, device=device())
+def test_watched_and_foreign_modules_are_called() -> None:
+    """By hooks of every kind, a forward of one's own, or a compiler; results stay."""
+    chain = blocks(4)
+    x = torch.randn(2, 3, 4, 8, device=device(), requires_grad=True)
+    with as_pytorch():
+        expected = chain(x)
+    torch.testing.assert_close(chain(x), expected)
+    seen: list[str] = []
+    first, second, third, fourth = chain
+    first.norm2.register_forward_hook(lambda *_: seen.append("norm"))
+    first.register_forward_pre_hook(lambda module, args: seen.append("before"))
+    second.register_full_backward_hook(lambda *_: seen.append("backward"))
+    third.forward = mock.Mock(side_effect=third.forward)
+    fourth.compile(backend="eager", disable=True)
+    assert layer_norm.is_watched(fourth)
+    y = chain(x)
+    torch.testing.assert_close(y, expected)
+    y.sum().backward()
+    assert seen == ["before", "norm", "backward"]
+    assert third.forward.call_count == 1
+    first.norm2 = nn.LayerNorm(8, device=device())
+    chain[1] = nn.Identity()
+    with torch.no_grad(), as_pytorch():
+        expected = chain(x)
     with torch.no_grad():
-        expected = model(x)
-        assert len(seen) == 1
-        block.norm2 = nn.LayerNorm(8, device=device())
-        torch.testing.assert_close(model(x), expected)
-    assert seen[0].shape == inputs[0].shape
+        torch.testing.assert_close(chain(x), expected)
 
 
 @pytest.mark.filterwarnings("default")

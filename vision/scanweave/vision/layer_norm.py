@@ -6,6 +6,7 @@ Elsewhere (CPUs, float64, compilers, tracers, TorchScript) PyTorch's own operato
 
     LayerNorm       the module
     add_and_norm    x + branch, and the norm of that
+    is_watched      whether a module has to be called as it is
 """
 
 # timm.layers exports its names without saying so to type checkers
@@ -64,12 +65,23 @@ class LayerNorm(nn.LayerNorm):
         return torch.get_autocast_dtype(kind) if self.rounded else torch.float32
 
 
+def is_watched(module: nn.Module) -> bool:
+    """Whether somebody would miss a call: hooks, a compiled module, another forward."""
+    hooks = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+    return any(hooks) or module._compiled_call_impl is not None or "forward" in vars(module)
+
+
 def add_and_norm(x: Tensor, branch: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
     """Add a branch to a stream, (..., D) each, and give the sum and its norm.
 
     A norm that somebody put in the place of ours, or watches, is called.
     """
-    if type(norm) is LayerNorm and not (norm._forward_hooks or norm._forward_pre_hooks):
+    if type(norm) is LayerNorm and not is_watched(norm):
         weight, bias = norm.weight, norm.bias
         if runs_kernels(x, weight, bias, branch) and x.dtype == torch.promote_types(
             x.dtype, branch.dtype

@@ -25,7 +25,9 @@ from timm.layers import DropPath, Mlp, SelectAdaptivePool2d
 from torch import Tensor, nn
 from torch._jit_internal import is_scripting
 
-from .layer_norm import LayerNorm, add_and_norm
+from scanweave.core.ops.norm.cast import runs_kernels
+
+from .layer_norm import LayerNorm, add_and_norm, is_watched
 from .local_ss2d import LocalPaths, LocalSS2D
 from .ss2d import SS2D, GridPaths
 
@@ -162,7 +164,16 @@ class VSSBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The stream after this block, (B, H, W, D)."""
-        y = self.drop_path(self.op(self.norm(x)))
+        x, y = self.with_branch(x, None)
+        return x + y
+
+    def with_branch(self, x: Tensor, pending: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The stream and what is still to be added to it, of the same two before this block."""
+        if is_scripting() or pending is None:
+            y = self.norm(x)
+        else:
+            x, y = add_and_norm(x, pending, self.norm)
+        y = self.drop_path(self.op(y))
         if self.norm2 is not None and self.mlp is not None:
             if is_scripting():
                 x = x + y
@@ -170,7 +181,34 @@ class VSSBlock(nn.Module):
             else:
                 x, y = add_and_norm(x, y, self.norm2)
             y = self.drop_path(self.mlp(y))
-        return x + y
+        return x, y
+
+
+class _Blocks(nn.Sequential):
+    """Blocks one after the other; on a GPU a block's sum is the next one's to make, in its norm."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        x = input
+        if not is_scripting() and self._on_kernels(x):
+            return self._chained(x)
+        for block in self:
+            x = block(x)
+        return x
+
+    @torch.jit.unused
+    def _on_kernels(self, x: Tensor) -> bool:
+        return runs_kernels(x)
+
+    @torch.jit.unused
+    def _chained(self, x: Tensor) -> Tensor:
+        pending: Tensor | None = None
+        for block in self:
+            if type(block) is VSSBlock and not is_watched(block):
+                x, pending = block.with_branch(x, pending)
+            else:
+                x = block(x if pending is None else x + pending)
+                pending = None
+        return x if pending is None else x + pending
 
 
 class Stage(nn.Module):
@@ -178,7 +216,7 @@ class Stage(nn.Module):
 
     def __init__(self, blocks: list[VSSBlock], downsample: nn.Module) -> None:
         super().__init__()
-        self.blocks = nn.Sequential(*blocks)
+        self.blocks = _Blocks(*blocks)
         self.downsample = downsample
 
     def forward(self, x: Tensor) -> Tensor:
