@@ -117,6 +117,13 @@ class _Watching(TorchDispatchMode):
 def test_who_watches_operators_sees_them():
     x = torch.zeros(2)
     assert runs_now(x)
-    assert not runs_now(torch.nn.Parameter(x))
+    assert runs_now(torch.nn.Parameter(x))
+    assert not runs_now(x.to("meta"))
     with _Watching():
         assert not runs_now(x)
+    with torch.profiler.profile():
+        assert not runs_now(x)
+    seen = []
+    torch.jit.trace(lambda v: seen.append(runs_now(v)) or v + 1, x, check_trace=False)
+    assert seen
+    assert not any(seen)

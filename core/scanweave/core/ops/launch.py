@@ -37,9 +37,15 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+# entering the current device anew takes as long as a small launch
+_HERE = nullcontext()
+
+
 def on_device(x: Tensor) -> AbstractContextManager[object]:
     """Triton launches on the current device, which need not be that of `x`."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+    if not x.is_cuda or x.get_device() == torch.cuda.current_device():
+        return _HERE
+    return torch.cuda.device(x.device)
 
 
 def adjacent(v: Tensor) -> Tensor:

@@ -113,13 +113,15 @@ class _ShortConv(torch.autograd.Function):
     def forward(ctx, x, weight, bias, state, cu_seqlens, left, reverse, silu):
         ctx.save_for_backward(x, weight, bias, state, cu_seqlens)
         ctx.config = (left, reverse, silu)
-        return _forward_op(x, weight, bias, state, cu_seqlens, left, reverse, silu)
+        run = _forward if runs_now(x) else _forward_op
+        return run(x, weight, bias, state, cu_seqlens, left, reverse, silu)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight, bias, state, cu_seqlens = ctx.saved_tensors
-        grads = list(_backward_op(dy, x, weight, bias, state, cu_seqlens, *ctx.config))
+        run = _backward if runs_now(dy) else _backward_op
+        grads = list(run(dy, x, weight, bias, state, cu_seqlens, *ctx.config))
         dstate = grads.pop() if state is not None else None
         dbias = grads.pop() if bias is not None else None
         return (*grads, dbias, dstate, None, None, None, None)

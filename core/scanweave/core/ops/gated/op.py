@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..checks import check_cu_seqlens_values, computing_dtype
+from ..checks import check_cu_seqlens_values, computing_dtype, runs_now
 from . import compiled, fused, portable, vector
 from .bonus import bonus_gradients, with_bonus
 
@@ -230,7 +230,8 @@ class GatedLinearScan(torch.autograd.Function):
     def forward(ctx, config, cu_seqlens, *tensors):  # noqa: D102
         has, reverse, exclusive, shift, final = config
         *lists, bonus = _unflatten(tensors, len(reverse), has)
-        out, state = _forward_op(*lists, cu_seqlens, list(reverse), exclusive, shift, final, bonus)
+        run = _forward if runs_now(tensors[0]) else _forward_op
+        out, state = run(*lists, cu_seqlens, list(reverse), exclusive, shift, final, bonus)
         ctx.save_for_backward(cu_seqlens, *tensors)
         ctx.config = config
         ctx.set_materialize_grads(False)
@@ -244,7 +245,8 @@ class GatedLinearScan(torch.autograd.Function):
         *lists, bonus = _unflatten(tensors, len(reverse), has)
         if dout is None:
             dout = torch.zeros_like(tensors[2 * len(reverse)])
-        grads = _backward_op(
+        run = _backward if runs_now(dout) else _backward_op
+        grads = run(
             dout,
             dfinal if final else None,
             *lists,

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import conv, selective
-from ..checks import on_kernels, without_autocast
+from ..checks import on_kernels, runs_now, without_autocast
 from ..inputs import told_apart
 from .gate_kernel import gate
 
@@ -263,7 +263,8 @@ class MambaBlock(torch.autograd.Function):
     @staticmethod
     def forward(ctx, reverse, lists, training, cu_seqlens, *tensors):  # noqa: D102
         arguments = _nested(tensors, len(reverse), lists)
-        out, *kept = _forward_op(*arguments, cu_seqlens, list(reverse), training)
+        run = in_parts if runs_now(tensors[0]) else _forward_op
+        out, *kept = run(*arguments, cu_seqlens, list(reverse), training)
         ctx.save_for_backward(cu_seqlens, *kept, *tensors)
         ctx.reverse, ctx.lists = reverse, lists
         return out
@@ -274,7 +275,8 @@ class MambaBlock(torch.autograd.Function):
         cu_seqlens, xz, projected, y, checkpoints, *tensors = ctx.saved_tensors
         arguments = _nested(tensors, len(ctx.reverse), ctx.lists)
         kept = (xz, projected, y, checkpoints)
-        grads = iter(_backward_op(dout, *arguments, cu_seqlens, list(ctx.reverse), *kept))
+        run = _backward if runs_now(dout) else _backward_op
+        grads = iter(run(dout, *arguments, cu_seqlens, list(ctx.reverse), *kept))
         return None, None, None, None, *(None if v is None else next(grads) for v in tensors)
 
 

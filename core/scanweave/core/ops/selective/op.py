@@ -21,6 +21,7 @@ from ..checks import (
     check_cu_seqlens_values,
     computing_dtype,
     on_kernels,
+    runs_now,
 )
 from . import backward, compiled, forward_kernel, portable
 from .kernels import checkpoints_shape
@@ -240,9 +241,8 @@ class SelectiveScan(torch.autograd.Function):
     @staticmethod
     def forward(ctx, reverse, dt_softplus, has, training, cu_seqlens, *tensors):  # noqa: D102
         lists, z = _unflatten(tensors, len(reverse), has)
-        out, y, final, kept = _forward_op(
-            *lists, z, cu_seqlens, list(reverse), dt_softplus, training
-        )
+        run = _forward if runs_now(tensors[0]) else _forward_op
+        out, y, final, kept = run(*lists, z, cu_seqlens, list(reverse), dt_softplus, training)
         ctx.save_for_backward(cu_seqlens, y, kept, *tensors)
         ctx.reverse, ctx.dt_softplus, ctx.has = reverse, dt_softplus, has
         ctx.set_materialize_grads(False)
@@ -255,7 +255,8 @@ class SelectiveScan(torch.autograd.Function):
         lists, z = _unflatten(tensors, len(ctx.reverse), ctx.has)
         if dout is None:
             dout = torch.zeros_like(tensors[0])
-        grads = _backward_op(
+        run = _backward if runs_now(dout) else _backward_op
+        grads = run(
             dout, dfinal, *lists, z, cu_seqlens, list(ctx.reverse), ctx.dt_softplus, y, kept
         )
         return None, None, None, None, None, *grads
