@@ -72,6 +72,8 @@ GUARDED = (
     ("sm_90", "linear_scan_constant", "graph", "training"),
     ("sm_90", "wkv", "lm", "training"),
     ("sm_90", "rms_norm_gated", "lm", "training"),
+    ("sm_90", "layer_norm", "vmamba_56", "training"),
+    ("sm_90", "layer_norm", "vmamba_7", "training"),
 )
 # mixers launch the same kernels, and long convolutions those of PyTorch
 UNGUARDED = ("mixer", "fft_conv")

@@ -268,6 +268,7 @@ PEERS: dict[str, tuple[Peer, ...]] = {
     **{op.name: () for op in LINEAR_OPS},
     "linear_scan": (Peer("fla", "fla_core", hgrn),),
     "rms_norm_gated": (Peer("mamba_ssm", "mamba_ssm", gated_norm),),
+    "layer_norm": (),
     "mixer": (
         Peer("mamba_ssm", "mamba_ssm", _mamba_ssm_block),
         Peer("transformers", "transformers", _transformers_block),

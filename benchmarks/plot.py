@@ -28,6 +28,7 @@ SHORT = {
     "gated_linear_attention": "Gated linear attention",
     "rwkv6": "RWKV-6",
     "rms_norm_gated": "gated norm",
+    "layer_norm": "sum and layer norm",
     "linear_scan": "linear scan",
 }
 

@@ -1,4 +1,4 @@
-"""Measured ops beside the selective scans: the linear scan and the gated RMS norm.
+"""Measured ops beside the selective scans: the linear scan and the norms.
 
 Functions of core are imported when they run: with `--against`, core may be older than they are.
 
@@ -79,5 +79,36 @@ def _norm_work(shape: Shape, dtype: torch.dtype) -> tuple[Work, Work]:
     return Work(3 * moved, 2 * elements), Work(5 * moved, 2 * elements)
 
 
+def _make_layer_norm(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
+    draw = Draw(dtype, device)
+    size = (shape.batch, shape.length, shape.dim)
+    # a residual stream keeps float32 where its branches have 16 bits
+    tensors = {"x": draw(*size, dtype=torch.float32), "branch": draw(*size)}
+    tensors |= {k: 1 + 0.1 * draw(shape.dim, dtype=torch.float32) for k in ("weight", "bias")}
+    return Inputs(shape, {k: v.requires_grad_() for k, v in tensors.items()})
+
+
+def _run_layer_norm(inputs: Inputs) -> Tensor:
+    from scanweave.core.ops.norm.layer import add_layer_norm_cast
+
+    t = inputs.tensors
+    values = (t["x"], t["branch"], t["weight"], t["bias"])
+    return add_layer_norm_cast(*values, 1e-5, t["branch"].dtype)[1]
+
+
+def _exact_layer_norm(inputs: Inputs, dout: Tensor) -> Exact:
+    return _grads(inputs, _run_layer_norm(inputs), dout, "PyTorch float64")
+
+
+def _layer_norm_work(shape: Shape, dtype: torch.dtype) -> tuple[Work, Work]:
+    elements = shape.batch * shape.length * shape.dim
+    # x and the sum in float32, branch, norm; then the sum, dnorm, dx, dbranch
+    moved = elements * (2 * 4 + 2 * dtype.itemsize)
+    return Work(moved, 0), Work(moved, 0)
+
+
 LINEAR_SCAN = Op("linear_scan", _make_scan, _run_scan, _exact_scan, _scan_work)
 NORM = Op("rms_norm_gated", _make_norm, _run_norm, _exact_norm, _norm_work)
+LAYER_NORM = Op(
+    "layer_norm", _make_layer_norm, _run_layer_norm, _exact_layer_norm, _layer_norm_work
+)

@@ -145,6 +145,10 @@ SHAPES: dict[str, dict[str, tuple[Shape, ...]]] = {
     "wkv": {"cuda": _stateless(LM, GRAPH, RL), "cpu": _stateless(LM_CPU, RL)},
     "fft_conv": {"cuda": _stateless(LM, LONG_256), "cpu": _stateless(LM_CPU)},
     "rms_norm_gated": {"cuda": _stateless(LM), "cpu": _stateless(LM_CPU)},
+    "layer_norm": {
+        "cuda": _stateless(Shape("vmamba_56", 128, 3136, 96), Shape("vmamba_7", 128, 49, 768)),
+        "cpu": _stateless(VIM_CPU),
+    },
     "mixer": {
         "cuda": (
             *_blocks(
