@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from tests.core.stack_cases import Loader, Weights
+from tests.core.stack_cases import Loader, Weights, under
 
 
 def from_parts(theirs: Weights, **names: str) -> Weights:
@@ -73,7 +73,37 @@ def moe_mamba_weights(theirs: Weights) -> Weights:
     return loader.ours
 
 
-RENAMED = {"based": based_weights, "h3_hybrid": h3_weights, "moe_mamba": moe_mamba_weights}
+def mamba2_hybrid_weights(theirs: Weights) -> Weights:
+    """HybridStack's, of Megatron-LM, of four heads of two channels in two groups."""
+    loader = Loader(theirs)
+    for i in range(12):
+        layer = loader.get(f"stack.layers.{i}")
+        if "mlp.linear_fc1.weight" in layer:
+            first = "mlp.linear_fc1"
+            body = from_parts(layer, up=first, down="mlp.linear_fc2")
+        elif "mixer.D" in layer:
+            first = "mixer.in_proj"
+            body = {k.replace("conv1d_", "conv1d."): v for k, v in under(layer, "mixer").items()}
+            del body["in_proj.layer_norm_weight"]
+        else:
+            first = "self_attention.linear_qkv"
+            # a group's queries, then its keys and its values
+            groups = layer[f"{first}.weight"].unflatten(0, (2, 4, 2))
+            rows = [v.flatten(0, -2) for v in (groups[:, :2], groups[:, 2], groups[:, 3])]
+            body = from_parts(layer, out_proj="self_attention.linear_proj")
+            body["in_proj.weight"] = torch.cat(rows)
+        loader.put(f"layers.{i}.0.body", body)
+        loader.put(f"layers.{i}.0.norm.weight", layer[f"{first}.layer_norm_weight"])
+    loader.put("norm", loader.get("stack.final_norm"))
+    return loader.ours
+
+
+RENAMED = {
+    "based": based_weights,
+    "h3_hybrid": h3_weights,
+    "mamba2_hybrid": mamba2_hybrid_weights,
+    "moe_mamba": moe_mamba_weights,
+}
 STACKS: dict[str, dict[str, Any]] = {
     "based": {
         "letters": {
@@ -85,6 +115,12 @@ STACKS: dict[str, dict[str, Any]] = {
     },
     "h3_hybrid": {
         "letters": {"h": ["h3", {"d_state": 4}], "a": ["attention", {"num_heads": 2}]},
+    },
+    "mamba2_hybrid": {
+        "letters": {
+            "n": ["mamba2", {"d_state": 3, "headdim": 4, "ngroups": 2}],
+            "a": ["attention", {"num_heads": 4, "num_kv_heads": 2, "bias": False}],
+        },
     },
     "moe_mamba": {
         "depth": 2,

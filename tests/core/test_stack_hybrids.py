@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from tests.core.hybrid_cases import RENAMED, STACKS
-from tests.core.make_hybrids import D_MODEL, DATA, inputs, weights
+from tests.core.published_code import D_MODEL, DATA, inputs, weights
 from torch import Tensor
 
 from scanweave.core import Mixer, create_stack
