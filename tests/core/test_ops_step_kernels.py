@@ -39,11 +39,9 @@ def test_gated_step(kind: str, device: str, monkeypatch: pytest.MonkeyPatch):
         for t in range(3):
             doubled = {name: v[:, t].double() for name, v in given.items()}
             token = {name: v[:, t].to(device) for name, v in given.items()}
-            y = step._composed(
-                *(expected, doubled["q"], doubled["k"], doubled["v"]),
-                *(doubled.get(name) for name in ("g", "write", "skip")),
-                exclusive,
-            )
+            g, write, skip = (doubled.get(name) for name in ("g", "write", "skip"))
+            vectors = (doubled["q"], doubled["k"], doubled["v"])
+            y = step._composed(expected, *vectors, g, write, skip, exclusive)
             with monkeypatch.context() as only:
                 only.setattr(step, "_composed", _refused)
                 out = gated_linear_scan_step(state, **token, exclusive=exclusive)

@@ -119,5 +119,6 @@ def runs_now(x: Tensor) -> bool:
     """
     if torch.compiler.is_compiling() or type(x) not in _PLAIN or not (x.is_cuda or x.is_cpu):
         return False
-    watched = torch._C._len_torch_dispatch_stack() > 0 or torch._C._autograd._profiler_enabled()
+    profiled = torch.autograd._profiler_enabled()  # pyright: ignore[reportPrivateImportUsage]
+    watched = profiled or torch._C._len_torch_dispatch_stack() > 0
     return not watched and torch._C._get_tracing_state() is None

@@ -3,7 +3,7 @@
 Equations and letters: `reference.py`.
 """
 # Triton's launch options
-# pyright: reportCallIssue=false, reportArgumentType=false
+# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
 
 import torch
 import triton

@@ -7,7 +7,8 @@ elsewhere and in float64. Only `vector.py` knows the bonus of a single direction
 as a skip. Equations and letters: `reference.py`. Why registered this way: `selective/op.py`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -230,7 +231,7 @@ class GatedLinearScan(torch.autograd.Function):
     def forward(ctx, config, cu_seqlens, *tensors):  # noqa: D102
         has, reverse, exclusive, shift, final = config
         *lists, bonus = _unflatten(tensors, len(reverse), has)
-        run = _forward if runs_now(tensors[0]) else _forward_op
+        run: Callable[..., Any] = _forward if runs_now(tensors[0]) else _forward_op
         out, state = run(*lists, cu_seqlens, list(reverse), exclusive, shift, final, bonus)
         ctx.save_for_backward(cu_seqlens, *tensors)
         ctx.config = config
@@ -245,7 +246,7 @@ class GatedLinearScan(torch.autograd.Function):
         *lists, bonus = _unflatten(tensors, len(reverse), has)
         if dout is None:
             dout = torch.zeros_like(tensors[2 * len(reverse)])
-        run = _backward if runs_now(dout) else _backward_op
+        run: Callable[..., Any] = _backward if runs_now(dout) else _backward_op
         grads = run(
             dout,
             dfinal if final else None,

@@ -19,7 +19,8 @@ Why registered this way: `selective/op.py`.
 Source: Zhu et al. 2024 (Vision Mamba), arXiv 2401.09417, section 3.4 (what is recomputed).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -263,7 +264,7 @@ class MambaBlock(torch.autograd.Function):
     @staticmethod
     def forward(ctx, reverse, lists, training, cu_seqlens, *tensors):  # noqa: D102
         arguments = _nested(tensors, len(reverse), lists)
-        run = in_parts if runs_now(tensors[0]) else _forward_op
+        run: Callable[..., Any] = in_parts if runs_now(tensors[0]) else _forward_op
         out, *kept = run(*arguments, cu_seqlens, list(reverse), training)
         ctx.save_for_backward(cu_seqlens, *kept, *tensors)
         ctx.reverse, ctx.lists = reverse, lists
@@ -275,7 +276,7 @@ class MambaBlock(torch.autograd.Function):
         cu_seqlens, xz, projected, y, checkpoints, *tensors = ctx.saved_tensors
         arguments = _nested(tensors, len(ctx.reverse), ctx.lists)
         kept = (xz, projected, y, checkpoints)
-        run = _backward if runs_now(dout) else _backward_op
+        run: Callable[..., Any] = _backward if runs_now(dout) else _backward_op
         grads = iter(run(dout, *arguments, cu_seqlens, list(ctx.reverse), *kept))
         return None, None, None, None, *(None if v is None else next(grads) for v in tensors)
 

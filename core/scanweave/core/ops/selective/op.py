@@ -10,7 +10,8 @@ Registered by `Library.define` + `impl` with an `autograd.Function` around it, n
 Function is the op's Autograd implementation, for programs that call the op itself (exported ones).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -241,7 +242,7 @@ class SelectiveScan(torch.autograd.Function):
     @staticmethod
     def forward(ctx, reverse, dt_softplus, has, training, cu_seqlens, *tensors):  # noqa: D102
         lists, z = _unflatten(tensors, len(reverse), has)
-        run = _forward if runs_now(tensors[0]) else _forward_op
+        run: Callable[..., Any] = _forward if runs_now(tensors[0]) else _forward_op
         out, y, final, kept = run(*lists, z, cu_seqlens, list(reverse), dt_softplus, training)
         ctx.save_for_backward(cu_seqlens, y, kept, *tensors)
         ctx.reverse, ctx.dt_softplus, ctx.has = reverse, dt_softplus, has
@@ -255,7 +256,7 @@ class SelectiveScan(torch.autograd.Function):
         lists, z = _unflatten(tensors, len(ctx.reverse), ctx.has)
         if dout is None:
             dout = torch.zeros_like(tensors[0])
-        run = _backward if runs_now(dout) else _backward_op
+        run: Callable[..., Any] = _backward if runs_now(dout) else _backward_op
         grads = run(
             dout, dfinal, *lists, z, cu_seqlens, list(ctx.reverse), ctx.dt_softplus, y, kept
         )
