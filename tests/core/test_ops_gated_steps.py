@@ -57,7 +57,7 @@ def test_steps_and_their_gradients(
             only.setattr(named, "_composed_steps", refused)
             found = _run(inputs, has_bias, weights, **options)
         for mine, theirs in zip(found, expected, strict=True):
-            torch.testing.assert_close(mine.double(), theirs, rtol=2e-6, atol=2e-6)
+            torch.testing.assert_close(mine.double(), theirs, rtol=5e-6, atol=1e-5)
 
 
 @pytest.mark.interpret
@@ -69,7 +69,7 @@ def test_sums_of_several_programs_and_blocks(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(time_steps_kernel, "processors", lambda device: 4)
     found = _run(inputs, True, weights, log=True)
     for mine, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(mine.double(), theirs, rtol=5e-6, atol=5e-6)
+        torch.testing.assert_close(mine.double(), theirs, rtol=5e-6, atol=2e-5)
 
 
 @pytest.mark.interpret
