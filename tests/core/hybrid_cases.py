@@ -98,11 +98,41 @@ def mamba2_hybrid_weights(theirs: Weights) -> Weights:
     return loader.ours
 
 
+def spade_weights(theirs: Weights) -> Weights:
+    """Two decoder layers', of EfficientLongSequenceModeling."""
+    loader = Loader(theirs)
+    for i in range(2):
+        layer = loader.get(f"layers.{i}")
+        attention = {
+            "in_proj.weight": torch.cat([layer[f"self_attn.{name}.weight"] for name in "qkv"]),
+            "out_proj.weight": layer["self_attn.o.weight"],
+        }
+        body = f"layers.{i}.0.body"
+        if i:
+            loader.put(body, attention)
+        else:
+            loader.put(f"{body}.mixers.1", attention)
+            s4 = under(layer, "s4_module.s4.kernel.kernel")
+            names = {"inv_w_real": "A_real", "w_imag": "A_imag"}
+            kernel = {names.get(name, name): v for name, v in s4.items()}
+            kernel["B"] = kernel["B"].squeeze(0)
+            loader.put(f"{body}.mixers.0.kernel", kernel)
+            loader.put(f"{body}.mixers.0.D", layer["s4_module.s4.D"])
+            for j, name in enumerate(("global", "local")):
+                loader.put(f"{body}.norms.{j}", under(layer, f"norm_{name}"))
+            loader.put(f"{body}.out_proj", under(layer, "aggregate"))
+        loader.put(f"layers.{i}.0.norm", under(layer, "self_attn_layer_norm"))
+        loader.put(f"layers.{i}.1.norm", under(layer, "final_layer_norm"))
+        loader.put(f"layers.{i}.1.body", from_parts(layer, up="fc1", down="fc2"))
+    return loader.ours
+
+
 RENAMED = {
     "based": based_weights,
     "h3_hybrid": h3_weights,
     "mamba2_hybrid": mamba2_hybrid_weights,
     "moe_mamba": moe_mamba_weights,
+    "spade": spade_weights,
 }
 STACKS: dict[str, dict[str, Any]] = {
     "based": {
@@ -137,6 +167,16 @@ STACKS: dict[str, dict[str, Any]] = {
                     "activation": "relu",
                     "gated": False,
                 },
+            ],
+        },
+    },
+    "spade": {
+        "final_norm": False,
+        "letters": {
+            "s": ["s4", {"d_state": 4, "copies": 8, "gated": False}],
+            "w": [
+                "local_attention",
+                {"num_heads": 2, "window": 3, "rope_fraction": 0.0, "bias": False},
             ],
         },
     },

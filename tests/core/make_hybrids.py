@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -213,11 +213,83 @@ def moe_mamba(folder: Path) -> Case:
     return Case(model, lambda: sum(g.forward_pass_cache["load_balancing_losses"][0] for g in gates))
 
 
+def cauchy(v: Tensor, z: Tensor, w: Tensor) -> Tensor:
+    """SPADE's Cauchy sums as its kernels give them, over both conjugate halves."""
+    v, w = (torch.cat([u, u.conj()], -1) for u in (v, w))
+    return (v.unsqueeze(-1) / (z.unsqueeze(-2) - w.unsqueeze(-1))).sum(-2)
+
+
+class Layers(nn.Module):
+    """Fairseq's loop over a decoder's layers, as SPADE's decoder has it: causal and local."""
+
+    def __init__(self, layers: list[nn.Module], attention: ModuleType, radius: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        real = torch.ones(2, LENGTH, dtype=torch.bool)
+        local = attention.get_local_attention_mask(real, radius + 1)
+        self.seen = local & (attention.make_3block_relative_position_ids(radius + 1) <= 0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, bias = x.transpose(0, 1), None
+        for layer in self.layers:
+            x, _, _, bias = layer(x, local_attn_mask=self.seen, position_bias=bias)
+        return x.transpose(0, 1)
+
+
+def spade(folder: Path) -> Case:
+    """microsoft/EfficientLongSequenceModeling (commit 0819294c).
+
+    Two of its decoder layers with run_lm.sh's options, but without the table of distances, of
+    which ours has none. Its decoder's loop and what it takes of fairseq (norms, dropout that is
+    off) are stood in for; its Cauchy sums are those of its CUDA and KeOps kernels.
+    """
+    package = stand_in("spade-modules")
+    package.__path__ = [str(folder / "EfficientLongSequenceModeling" / "spade-modules")]
+    stand_in("opt_einsum", contract=torch.einsum, contract_expression=None)
+    helpers = SimpleNamespace(
+        safe_getattr=lambda config, name, default: getattr(config, name, default),
+        get_activation_fn=lambda activation: getattr(F, activation),
+    )
+    stand_in("fairseq", utils=helpers)
+    stand_in("fairseq.modules", LayerNorm=lambda width, **_: nn.LayerNorm(width))
+    stand_in("fairseq.modules.fairseq_dropout", FairseqDropout=lambda *_, **__: nn.Identity())
+    stand_in("fairseq.modules.quant_noise", quant_noise=lambda module, *_: module)
+    stand_in("fairseq.incremental_decoding_utils", with_incremental_state=lambda made: made)
+    importlib.import_module("spade-modules.s4").cauchy_naive = cauchy  # type: ignore[attr-defined]
+    code = importlib.import_module("spade-modules.spade_layer")
+    radius = 2
+    decoder = SimpleNamespace(
+        embed_dim=D_MODEL, attention_heads=2, ffn_embed_dim=4 * D_MODEL, normalize_before=True
+    )
+    off = ("dropout", "attention_dropout", "activation_dropout", "relu_dropout", "export")
+    config = SimpleNamespace(
+        **dict.fromkeys((*off, "cross_self_attention"), 0),
+        decoder=decoder,
+        quant_noise=SimpleNamespace(pq=0, pq_block_size=8),
+        activation_fn="relu",
+        local_radius=radius,
+        relative_attention_num_buckets=32,
+        relative_attention_max_distance=128,
+        s4_every_n_layers=100,
+        s4_local_combine="concat",
+        s4_state_dim=4,
+        s4_channels=1,
+        s4_n_ssm=D_MODEL,
+        s4_dt_min=0.001,
+        s4_dt_max=0.1,
+        s4_lr=None,
+        max_target_positions=LENGTH,
+    )
+    layers = [code.SpadeDecoderLayerBase(config, i, no_encoder_attn=True) for i in range(2)]
+    return Case(Layers(layers, importlib.import_module("spade-modules.local_attention"), radius))
+
+
 CASES: dict[str, Callable[[Path], Case]] = {
     "based": based,
     "h3_hybrid": h3_hybrid,
     "mamba2_hybrid": mamba2_hybrid,
     "moe_mamba": moe_mamba,
+    "spade": spade,
 }
 
 

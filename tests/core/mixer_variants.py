@@ -133,8 +133,12 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "s4": [
         {"d_state": 4, "channels": 2, "init": "legt", "rate": 0.5},
         {"d_state": 6, "init": "hippo", "copies": 2, "dt_max": 1.0},
+        {"d_state": 4, "gated": False},
     ],
-    "s4_bidirectional": [{"d_state": 4, "channels": 2, "init": "fout", "copies": 4}],
+    "s4_bidirectional": [
+        {"d_state": 4, "channels": 2, "init": "fout", "copies": 4},
+        {"d_state": 2, "gated": False},
+    ],
     "retnet_bidirectional": [{"num_heads": 2, "expand": 1}],
     "s4d": [
         {"d_state": 4, "init": "legs", "disc": "bilinear", "mode": "scan"},

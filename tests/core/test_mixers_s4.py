@@ -98,6 +98,7 @@ def published(mixer: S4, x: Tensor) -> Tensor:
         y = y + torch.stack(run(tokens[::-1], C[mixer.channels :], True)[::-1], 1)
     y = y + mixer.D.detach().double() * x.detach().double().unsqueeze(-2)
     out = mixer.output_linear
+    assert out is not None
     z = nn.functional.gelu(y.flatten(-2)) @ out.weight.detach().double().T
     a, b = (z + out.bias.detach().double()).chunk(2, -1)
     return a * torch.sigmoid(b)
@@ -231,6 +232,10 @@ def test_errors():
         ({"copies": 3}, "copies must divide d_model 8, got 3"),
         ({"dt_min": 0.0}, r"dt_min must be in \(0, dt_max\], got 0.0 and 0.1"),
         ({"rate": -1.0}, "rate must be positive, got -1.0"),
+        (
+            {"channels": 2, "gated": False},
+            "channels must be 1 without the gated projection, got 2",
+        ),
     ):
         with pytest.raises(ValueError, match=match):
             create_mixer("s4", 8, **config)

@@ -4,7 +4,7 @@
     h[t]  = Abar h[t-1] + Bbar u[t]                     the trapezoidal rule, dt of every channel
     y[t]  = C h[t] + D u[t]                             M readouts a channel
     both directions: plus C' h'[t+1] of the states h' from the end, so that a token counts once
-    out   = a sigmoid(b),  a, b = output_linear(gelu(y))
+    out   = a sigmoid(b),  a, b = output_linear(gelu(y));  without the gate y itself
 
 Letters: B batch, L length, D channels, N states, M readouts. `s4_kernel.py` has the kernel; its
 parameters are named as in the published code.
@@ -30,7 +30,8 @@ CHUNKS_UP_TO = 512
     "s4",
     primitive="dense_ssm",
     paper="Gu et al. 2022, arXiv 2111.00396",
-    parity="2e-7 (float32; fout 3e-5, its own error), s4's S4Block; 5e-15 (float64; equations)",
+    parity="2e-7 (float32; fout 3e-5, its own error), s4's S4Block; 5e-15 (float64; equations); "
+    "SPADE's form 2e-15 (float64), in its whole stack",
 )
 class S4(Mixer):
     """The S4 layer with its gated projection: causal, with a state of fixed size.
@@ -48,6 +49,8 @@ class S4(Mixer):
         dt_min: Smallest time step at initialisation.
         dt_max: Largest time step at initialisation.
         rate: Multiplies all time steps: 0.5 for inputs sampled twice as finely as in training.
+        gated: End in the gated projection. Without it M must be 1, and the output is y (SPADE's
+            layer; https://github.com/microsoft/EfficientLongSequenceModeling).
         device: Of the parameters.
         dtype: Of the parameters; D and the kernel but for C keep at least float32.
 
@@ -69,6 +72,7 @@ class S4(Mixer):
         dt_min: float = 1e-3,
         dt_max: float = 0.1,
         rate: float = 1.0,
+        gated: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -80,6 +84,8 @@ class S4(Mixer):
             raise ValueError(f"copies must divide d_model {d_model}, got {copies}")
         if not rate > 0:
             raise ValueError(f"rate must be positive, got {rate}")
+        if not gated and channels != 1:
+            raise ValueError(f"channels must be 1 without the gated projection, got {channels}")
         self.d_model, self.d_state, self.channels = d_model, d_state, channels
         dd = {"device": device, "dtype": dtype}
         readouts = channels if self.causal else 2 * channels
@@ -88,7 +94,7 @@ class S4(Mixer):
         )
         full = self.kernel.log_dt.dtype
         self.D = nn.Parameter(torch.empty(channels, d_model, device=device, dtype=full))
-        self.output_linear = nn.Linear(d_model * channels, 2 * d_model, **dd)
+        self.output_linear = nn.Linear(d_model * channels, 2 * d_model, **dd) if gated else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -96,7 +102,8 @@ class S4(Mixer):
         keep_from_decay(self.D)
         self.kernel.reset_parameters()
         nn.init.normal_(self.D)
-        self.output_linear.reset_parameters()
+        if self.output_linear is not None:
+            self.output_linear.reset_parameters()
 
     def state_spec(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """`h`, real parts of N / 2 complex states of every channel, then imaginary parts."""
@@ -105,7 +112,12 @@ class S4(Mixer):
     def _out(self, y: Tensor, x: Tensor) -> Tensor:
         """Outputs of readouts `y` (..., M, D)."""
         y = (y + (self.D * x.unsqueeze(-2)).to(y.dtype)).to(x.dtype).flatten(-2)
-        return F.glu(self.output_linear(F.gelu(y)), -1)
+        if self.output_linear is not None:
+            return F.glu(self.output_linear(F.gelu(y)), -1)
+        kind = x.device.type
+        if kind != "meta" and x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
+            y = y.to(torch.get_autocast_dtype(kind))  # as a projection's result would be
+        return y
 
     def _read(
         self, x: Tensor, state: Tensor | None, cu_seqlens: Tensor | None, return_state: bool

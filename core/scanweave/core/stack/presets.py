@@ -144,6 +144,7 @@ PRESETS: dict[str, Preset] = {
         "(s|w p) 15*(w p)",
         "Zuo et al. 2022, arXiv 2212.08136",
         {
+            "s": ("s4", {"gated": False}),
             "w": ("local_attention", {"window": 512, "bias": False}),
             "p": ("mlp", {"activation": "relu"}),
         },
