@@ -48,21 +48,20 @@ class LayerNorm(nn.LayerNorm):
     def forward(self, input: Tensor) -> Tensor:
         """Normalise the last axis of (..., D)."""
         x = input
-        if not is_scripting() and self._on_kernel(x):
-            return layer_norm_cast(x, self.weight, self.bias, self.eps, self.given_dtype(x))
+        # functions and not methods: those of a scripted module are not bound
+        if not is_scripting():  # noqa: SIM102  (TorchScript leaves out a whole branch only)
+            if runs_kernels(x, self.weight, self.bias):
+                dtype = _given_dtype(x, self.rounded)
+                return layer_norm_cast(x, self.weight, self.bias, self.eps, dtype)
         return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
 
-    @torch.jit.unused
-    def _on_kernel(self, x: Tensor) -> bool:
-        return runs_kernels(x, self.weight, self.bias)
 
-    @torch.jit.unused
-    def given_dtype(self, x: Tensor) -> torch.dtype:
-        """What the norm of `x` has where the kernel runs."""
-        kind = x.device.type
-        if not torch.is_autocast_enabled(kind):
-            return x.dtype
-        return torch.get_autocast_dtype(kind) if self.rounded else torch.float32
+def _given_dtype(x: Tensor, rounded: bool) -> torch.dtype:
+    """What the norm of `x` has where the kernel runs."""
+    kind = x.device.type
+    if not torch.is_autocast_enabled(kind):
+        return x.dtype
+    return torch.get_autocast_dtype(kind) if rounded else torch.float32
 
 
 def is_watched(module: nn.Module) -> bool:
@@ -86,7 +85,8 @@ def add_and_norm(x: Tensor, branch: Tensor, norm: nn.Module) -> tuple[Tensor, Te
         if runs_kernels(x, weight, bias, branch) and x.dtype == torch.promote_types(
             x.dtype, branch.dtype
         ):
-            return add_layer_norm_cast(x, branch, weight, bias, norm.eps, norm.given_dtype(x))
+            dtype = _given_dtype(x, norm.rounded)
+            return add_layer_norm_cast(x, branch, weight, bias, norm.eps, dtype)
     x = x + branch
     return x, norm(x)
 

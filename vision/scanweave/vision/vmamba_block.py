@@ -189,26 +189,23 @@ class _Blocks(nn.Sequential):
 
     def forward(self, input: Tensor) -> Tensor:
         x = input
-        if not is_scripting() and self._on_kernels(x):
-            return self._chained(x)
+        if not is_scripting():  # noqa: SIM102  (TorchScript leaves out a whole branch only)
+            if runs_kernels(x):
+                return _chained(self, x)
         for block in self:
             x = block(x)
         return x
 
-    @torch.jit.unused
-    def _on_kernels(self, x: Tensor) -> bool:
-        return runs_kernels(x)
 
-    @torch.jit.unused
-    def _chained(self, x: Tensor) -> Tensor:
-        pending: Tensor | None = None
-        for block in self:
-            if type(block) is VSSBlock and not is_watched(block):
-                x, pending = block.with_branch(x, pending)
-            else:
-                x = block(x if pending is None else x + pending)
-                pending = None
-        return x if pending is None else x + pending
+def _chained(blocks: nn.Sequential, x: Tensor) -> Tensor:
+    pending: Tensor | None = None
+    for block in blocks:
+        if type(block) is VSSBlock and not is_watched(block):
+            x, pending = block.with_branch(x, pending)
+        else:
+            x = block(x if pending is None else x + pending)
+            pending = None
+    return x if pending is None else x + pending
 
 
 class Stage(nn.Module):
