@@ -14,6 +14,7 @@ from tests.core.published_code import D_MODEL, DATA, inputs, weights
 from torch import Tensor
 
 from scanweave.core import Mixer, create_stack
+from scanweave.core.stack import PRESETS, parse_pattern
 
 Check = Callable[..., None]
 
@@ -64,3 +65,26 @@ def test_trains_experts_as_moe_mamba(assert_near: Check):
     assert_near(y, expected["y"])
     assert_near(torch.autograd.grad(y, x, g)[0], expected["dx_training"], gradient=True)
     assert (expected["dx_training"] - expected["dx"]).abs().max() > 1e-4
+
+
+# layers of each kind in the sizes whose code or weights are public: examples/mamba/train.sh of
+# Megatron-LM (8B), train/configs/experiment/reference/based-360m.yaml, H3's README (355M, 1.3B)
+MEGATRON = "M-M-M--M-M*-M-M-M-M--M*-M-M-M-M-M*--M-M-M-M-M*-M--M-M-M-"
+ORDERS: dict[str, tuple[int, dict[str, list[int]]]] = {
+    "based": (27, {"l": [1, 6, 11, 16, 21], "w": [2, 7, 12, 17, 22]}),
+    "h3_hybrid": (24, {"a": [8, 16]}),
+    "mamba2_hybrid": (
+        len(MEGATRON),
+        {ours: [i for i, v in enumerate(MEGATRON) if v == kind] for ours, kind in ("a*", "p-")},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ORDERS)
+def test_orders_are_the_published_ones(name: str):
+    count, kinds = ORDERS[name]
+    layers = [layer[0].names[0] for layer in parse_pattern(PRESETS[name].pattern, set("acfhlnpw"))]
+    assert len(layers) == count
+    for letter, places in kinds.items():
+        assert [i for i, v in enumerate(layers) if v == letter] == places
+    assert len(set(layers)) == len(kinds) + 1

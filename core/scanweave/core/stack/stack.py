@@ -274,7 +274,8 @@ class _Stack(Mixer):
     "stack",
     primitive="those of its mixers",
     paper="Lieber et al. 2024, arXiv 2403.19887",
-    parity="3e-7 (float32), transformers' RecurrentGemma, Jamba and Zamba models",
+    parity="3e-7 (float32), transformers' RecurrentGemma, Jamba and Zamba models; 2e-14 (float64), "
+    "H3's hybrid, BASED, SPADE, MoE-Mamba in llm-random and Mamba-2's hybrid in Megatron-LM",
 )
 class Stack(_Stack):
     """A causal stack of layers, made from a pattern or a preset's name.

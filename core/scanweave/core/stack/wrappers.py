@@ -102,6 +102,7 @@ def joined_matrix(mixers: Sequence[tuple[Mixer, Tensor]]) -> Tensor:
     "parallel",
     primitive="those of its mixers",
     paper="Dong et al. 2024, arXiv 2411.13676",
+    parity="2e-15 (float64), in the whole stacks of Hymba and SPADE",
 )
 class Parallel(Mixer):
     """Several mixers that read the same input; their outputs are merged.
