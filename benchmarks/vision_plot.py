@@ -1,4 +1,4 @@
-"""Draw images a second: `python -m benchmarks.vision_plot benchmarks/results/vision_h100.csv`.
+"""Draw images a second: `python -m benchmarks.vision_plot benchmarks/results/vision_h200.csv`.
 
 One row of bars a model, one panel for inference and one for training; every implementation in the
 mode that is its fastest. Numbers beside ours say how many times the official rate that is.
