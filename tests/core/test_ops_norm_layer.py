@@ -105,6 +105,17 @@ def test_half_streams():
 
 
 @pytest.mark.interpret
+def test_gradients_of_leaves_share_no_memory():
+    x, branch, (weight, bias) = drawn(4, 48), drawn(4, 48), parameters(48)
+    total, y = add_layer_norm_cast(x, branch, weight, bias, 1e-5, torch.float32)
+    torch.autograd.backward([total, y], [torch.randn_like(total), torch.randn_like(y)])
+    assert x.grad is not None
+    assert branch.grad is not None
+    assert torch.equal(x.grad, branch.grad)
+    assert x.grad.data_ptr() != branch.grad.data_ptr()
+
+
+@pytest.mark.interpret
 def test_large_mean():
     """A variance of 1 beside a mean of 1000: differences of squares would have no digit left."""
     x, (weight, bias) = drawn(9, 96), parameters(96)

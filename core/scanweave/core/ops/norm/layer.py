@@ -41,9 +41,13 @@ class _AddLayerNormCast(torch.autograd.Function):
             *rows, x.reshape(-1, dim), weight, ctx.eps, stream, branch
         )
         dweight, dbias = dparams.unbind()
+        same = dbranch is dx
+        dx = dx.view(x.shape)
+        # one tensor twice and not two views of it, which autograd would take for independent
+        dbranch = dx if same else dbranch.view(x.shape)
         return (
-            dx.view(x.shape),
-            dbranch.view(x.shape) if has_branch else None,
+            dx,
+            dbranch if has_branch else None,
             dweight.to(weight.dtype),
             dbias.to(of_bias),
             None,
