@@ -116,6 +116,15 @@ def test_gradients_of_leaves_share_no_memory():
 
 
 @pytest.mark.interpret
+@torch.no_grad()
+def test_a_profiler_sees_an_operator():
+    x, (weight, bias) = drawn(4, 48), parameters(48)
+    with torch.profiler.profile(acc_events=True) as profiler:
+        layer_norm_cast(x, weight, bias, 1e-5, torch.float32)
+    assert "_AddLayerNormCast" in {event.name for event in profiler.events() or []}
+
+
+@pytest.mark.interpret
 def test_large_mean():
     """A variance of 1 beside a mean of 1000: differences of squares would have no digit left."""
     x, (weight, bias) = drawn(9, 96), parameters(96)
