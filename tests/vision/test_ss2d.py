@@ -90,6 +90,13 @@ def test_initialisation() -> None:
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_scripts_beside_models_that_torchscript_cannot_compile(tmp_path: Path) -> None:
+    """What their layers leave to Python is theirs alone: both kinds have the same norm."""
+    timm.create_model("local_vim_tiny_patch16_224")
+    torch.jit.save(torch.jit.script(_small()), tmp_path / "model.pt")
+    assert torch.isfinite(torch.jit.load(tmp_path / "model.pt")(_image())).all()
+
+
 def test_scripted_model_is_the_model(tmp_path: Path) -> None:
     """TorchScript's own loop: values, gradients, other sizes, saved and loaded; other kinds."""
     model = _small(d_state=2, gate="silu", in_chans=1)

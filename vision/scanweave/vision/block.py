@@ -25,6 +25,7 @@ from torch._jit_internal import is_scripting
 from scanweave.core import create_mixer
 from scanweave.core.ops.norm.cast import rms_norm_cast
 
+from .layer_norm import LayerNorm
 from .scripting import quasi_separable, scan_in_steps
 
 
@@ -81,9 +82,10 @@ class MixerBlock(nn.Module):
         self.has_mlp = mlp_ratio > 0
         self.norm2 = RmsNorm(dim, eps=norm_eps, **dd) if self.has_mlp else nn.Identity()
         self.mlp = Mlp(dim, int(mlp_ratio * dim), **dd) if self.has_mlp else nn.Identity()
-        # TorchScript cannot compile the forward of mixers and their parts, see _scripted_mixer
+        # TorchScript cannot compile the forward of mixers and their parts, see _scripted_mixer; it
+        # can that of norms, which other models script
         for part in self.mixer.modules():
-            if not type(part).__module__.startswith("torch."):
+            if not (type(part).__module__.startswith("torch.") or isinstance(part, LayerNorm)):
                 torch.jit.ignore(type(part).forward)
 
     def init_weights(
