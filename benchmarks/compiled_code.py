@@ -62,6 +62,8 @@ GUARDED = (
     ("sm_90", "path_selective_scan", "ss2d_56", "training"),
     ("sm_90", "causal_conv1d", "vim_s", "training"),
     ("sm_90", "selective_scan_step", "step_b64", "inference"),
+    ("sm_90", "causal_conv1d_step", "step_b64", "inference"),
+    ("sm_90", "gated_linear_scan_step", "step_b64", "inference"),
     ("sm_90", "ssd", "lm", "training"),
     ("sm_90", "bidirectional_ssd", "vim_s", "inference"),
     ("sm_90", "bidirectional_ssd", "vim_s", "training"),
@@ -87,7 +89,7 @@ EVERYTHING = tuple(
     if OPS[op].backward or passes == "inference"
 )
 # what ops ask before they launch; tensors without data have no values to check
-_ASKED = ("on_kernels", "_on_kernels", "check_cu_seqlens_values", "check_paths_values")
+_ASKED = ("on_kernels", "_on_kernels", "runs_now", "check_cu_seqlens_values", "check_paths_values")
 # another release than the budgets' may allocate registers and schedule a little differently
 OTHER_RELEASE = 1.15
 OTHER_RELEASE_SPILLS = 256

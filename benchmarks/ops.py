@@ -25,6 +25,7 @@ from .paths import PATH_SCAN
 from .primitives import LAYER_NORM, LINEAR_SCAN, NORM
 from .reference import Exact, scan_gradients, scan_step
 from .shapes import Shape
+from .step_ops import STEP_OPS
 
 
 def _scan_inputs(
@@ -199,6 +200,7 @@ OPS: dict[str, Op] = {
             *(_make_step, _run_step, _exact_step, _step_work),
             backward=False,
         ),
+        *STEP_OPS,
         *GATED_OPS,
         LINEAR_SCAN,
         *LINEAR_OPS,

@@ -33,6 +33,7 @@ from .linear_ops import LINEAR_OPS
 from .path_peers import gated_norm, hgrn, vmamba
 from .prepared import Layout, Peer, Prepared, Skip, attribute, need_cuda
 from .shapes import Shape
+from .step_ops import STEP_OPS
 
 # B L D N elements up to which states of all steps are kept: 2 GB in float32
 _MOST_STATES = 1 << 29
@@ -265,7 +266,7 @@ PEERS: dict[str, tuple[Peer, ...]] = {
         Peer("mamba_ssm loop", "mamba_ssm", _state_update("selective_state_update_ref", False)),
     ),
     **GATED_PEERS,
-    **{op.name: () for op in LINEAR_OPS},
+    **{op.name: () for op in (*STEP_OPS, *LINEAR_OPS)},
     "linear_scan": (Peer("fla", "fla_core", hgrn),),
     "rms_norm_gated": (Peer("mamba_ssm", "mamba_ssm", gated_norm),),
     "layer_norm": (),

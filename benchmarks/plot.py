@@ -23,6 +23,8 @@ SHORT = {
     "path_selective_scan": "four paths",
     "selective_scan_step": "step",
     "causal_conv1d": "convolution",
+    "causal_conv1d_step": "convolution, step",
+    "gated_linear_scan_step": "SSD, step",
     "ssd": "SSD",
     "bidirectional_ssd": "SSD, both directions",
     "gated_linear_attention": "Gated linear attention",

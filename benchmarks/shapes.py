@@ -93,6 +93,7 @@ GRID_CPU = Shape("ss2d_28_b2", 2, 784, 192, state=1, gate=False, grid=(28, 28))
 STEPS = tuple(
     Shape(f"step_b{batch}", batch, 1, 256, small=True) for batch in (1, 16, 64, 256, 1024, 4096)
 )
+SSD_STEPS = tuple(replace(s, dim=512, state=64, gate=False, head=64) for s in STEPS[::2])
 # Mamba-2 and Hydra, whose heads have 64 channels
 SSD_LM = Shape("lm", 8, 4096, 2048, state=128, gate=False, head=64)
 SSD_VIM = Shape("vim_s", 128, 197, 1536, state=64, gate=False, head=64)
@@ -133,6 +134,8 @@ SHAPES: dict[str, dict[str, tuple[Shape, ...]]] = {
         "cpu": _stateless(VIM_CPU, LM_CPU, RL, GRAPH_CPU),
     },
     "selective_scan_step": {"cuda": STEPS, "cpu": STEPS[:3:2]},
+    "causal_conv1d_step": {"cuda": _stateless(*STEPS), "cpu": _stateless(*STEPS[:3:2])},
+    "gated_linear_scan_step": {"cuda": SSD_STEPS, "cpu": SSD_STEPS[:2]},
     "ssd": {"cuda": (SSD_LM, SSD_GRAPH, SSD_RL), "cpu": (SSD_LM_CPU, SSD_RL)},
     "bidirectional_ssd": {"cuda": (SSD_VIM, SSD_GRAPH), "cpu": (SSD_VIM_CPU,)},
     "gated_linear_attention": {"cuda": (GLA_LM, SSD_GRAPH, SSD_RL), "cpu": (GLA_LM_CPU,)},
