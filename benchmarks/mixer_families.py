@@ -106,8 +106,8 @@ WHICH = """\
 - **Long sequences on a GPU:** matrix states (`mamba2`, `rwkv6`, `retnet`), which are matrix
   products; `mamba` where many small states serve better than few large ones.
 - **A few hundred tokens on a GPU:** in speed only short convolutions are level with attention; what
-  a state space brings there is what it learns and carries. In packed batches of graphs the scans are
-  ahead (the last table).
+  a state space brings there is what it learns and carries. In packed batches of graphs many are
+  ahead of it, `gla`, `phi_mamba` and `s5` first (the last table).
 - **Signals that are sampled evenly:** time-invariant state spaces; `s5` and `lru`, with one system
   for all channels, cost far less on a CPU than those with one a channel.
 - **Looking things up that were read once, far back:** attention, at least in some layers: a hybrid
