@@ -1,5 +1,6 @@
 """Hybrids of research code: their weights' names as ours, and our stacks of the stored sizes."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,42 +17,38 @@ def from_parts(theirs: Weights, **names: str) -> Weights:
     }
 
 
-def h3_weights(theirs: Weights) -> Weights:
-    """SSMModel's, of HazyResearch/H3."""
-    loader = Loader(theirs)
-    for i in range(9):
-        layer = f"layers.{i}"
-        mixer = loader.get(f"{layer}.mixer")
-        if "Wqkv.weight" in mixer:
-            mixer = from_parts(mixer, in_proj="Wqkv", out_proj="out_proj")
-        loader.put(f"{layer}.0.body", mixer)
-        loader.put(f"{layer}.1.body", from_parts(loader.get(f"{layer}.mlp"), up="fc1", down="fc2"))
-        for j in range(2):
-            loader.put(f"{layer}.{j}.norm", loader.get(f"{layer}.norm{j + 1}"))
-    loader.put("norm", loader.get("ln_f"))
-    return loader.ours
-
-
 def from_swapped(theirs: Weights) -> Weights:
     """Weights of a gated feed-forward whose gate is the second half, as those of `gated_mlp`."""
     up, gate = theirs["fc1.weight"].chunk(2)
     return {"gate_up.weight": torch.cat([gate, up]), "down.weight": theirs["fc2.weight"]}
 
 
-def based_weights(theirs: Weights) -> Weights:
-    """GPTModel's, of HazyResearch/based."""
+def of_flash_blocks(
+    theirs: Weights, layers: int, feed_forward: Callable[[Weights], Weights]
+) -> Weights:
+    """Blocks of a mixer and an MLP under the names of flash-attention's models."""
     loader = Loader(theirs)
-    for i in range(3):
+    for i in range(layers):
         layer = f"layers.{i}"
         mixer = loader.get(f"{layer}.mixer")
         if "Wqkv.weight" in mixer:
             mixer = from_parts(mixer, in_proj="Wqkv", out_proj="out_proj")
         loader.put(f"{layer}.0.body", mixer)
-        loader.put(f"{layer}.1.body", from_swapped(loader.get(f"{layer}.mlp")))
+        loader.put(f"{layer}.1.body", feed_forward(loader.get(f"{layer}.mlp")))
         for j in range(2):
             loader.put(f"{layer}.{j}.norm", loader.get(f"{layer}.norm{j + 1}"))
     loader.put("norm", loader.get("ln_f"))
     return loader.ours
+
+
+def h3_weights(theirs: Weights) -> Weights:
+    """SSMModel's, of HazyResearch/H3."""
+    return of_flash_blocks(theirs, 9, lambda mlp: from_parts(mlp, up="fc1", down="fc2"))
+
+
+def based_weights(theirs: Weights) -> Weights:
+    """GPTModel's, of HazyResearch/based."""
+    return of_flash_blocks(theirs, 3, from_swapped)
 
 
 def moe_mamba_weights(theirs: Weights) -> Weights:
