@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.checks import computing_dtype
+from ..ops.checks import autocast_dtype, computing_dtype
 from ..ops.conv import causal_conv1d, causal_conv1d_step
 from ..ops.mamba import mamba_block
 from ..ops.selective import bidirectional_selective_scan, selective_scan, selective_scan_step
@@ -153,10 +153,7 @@ class _MambaBase(Mixer):
 
     def _block(self, x: Tensor, cu_seqlens: Tensor | None, scale: float) -> Tensor:
         """All directions as one operator, which keeps less for the backward than its parts do."""
-        kind = x.device.type
-        wanted = None
-        if kind != "meta" and x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
-            wanted = torch.get_autocast_dtype(kind)
+        wanted = autocast_dtype(x)
 
         def cast(v: Tensor) -> Tensor:
             return v if wanted is None else v.to(wanted)

@@ -3,9 +3,9 @@
 Source: Zhang & Sennrich 2019, arXiv 1910.07467.
 """
 
-import torch
 from torch import Tensor, nn
 
+from ..ops.checks import autocast_dtype
 from ..ops.norm.cast import rms_norm_cast
 
 
@@ -14,8 +14,6 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last axis of `x` (..., D), of any floating dtype."""
-        dtype, kind = self.weight.dtype, x.device.type
-        if kind != "meta" and x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
-            dtype = torch.get_autocast_dtype(kind)
+        dtype = autocast_dtype(x) or self.weight.dtype
         assert self.eps is not None
         return rms_norm_cast(x, self.weight, self.eps, dtype)

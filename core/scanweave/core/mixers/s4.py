@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.checks import computing_dtype
+from ..ops.checks import autocast_dtype, computing_dtype
 from ..ops.dense import dense_ssm, state_powers
 from ..ops.long_conv import fft_conv
 from .base import Mixer, State, register_mixer
@@ -114,10 +114,8 @@ class S4(Mixer):
         y = (y + (self.D * x.unsqueeze(-2)).to(y.dtype)).to(x.dtype).flatten(-2)
         if self.output_linear is not None:
             return F.glu(self.output_linear(F.gelu(y)), -1)
-        kind = x.device.type
-        if kind != "meta" and x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
-            y = y.to(torch.get_autocast_dtype(kind))  # as a projection's result would be
-        return y
+        # as a projection's result would be
+        return y.to(autocast_dtype(x) or y.dtype)
 
     def _read(
         self, x: Tensor, state: Tensor | None, cu_seqlens: Tensor | None, return_state: bool

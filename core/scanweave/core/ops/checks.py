@@ -111,14 +111,28 @@ def on_kernels(*tensors: Tensor | None) -> bool:
     return (first.is_cuda or interpreted) and computing_dtype(*tensors) == torch.float32
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast gives a projection of `x` where it is on."""
+    kind = x.device.type
+    if kind == "meta" or x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
+def is_real(x: Tensor) -> bool:
+    """Whether `x` is no stand-in of a compiler or tracer, and nothing is traced."""
+    if torch.compiler.is_compiling() or type(x) not in _PLAIN:
+        return False
+    return torch._C._get_tracing_state() is None
+
+
 def runs_now(x: Tensor) -> bool:
     """Whether code that meets `x` may do its work without a registered operator.
 
     Not where a compiler traces, for a tracer's stand-in, nor if somebody watches operators. Being
     dispatched takes 5 to 10 us.
     """
-    if torch.compiler.is_compiling() or type(x) not in _PLAIN or not (x.is_cuda or x.is_cpu):
+    if not (is_real(x) and (x.is_cuda or x.is_cpu)):
         return False
     profiled = torch.autograd._profiler_enabled()  # pyright: ignore[reportPrivateImportUsage]
-    watched = profiled or torch._C._len_torch_dispatch_stack() > 0
-    return not watched and torch._C._get_tracing_state() is None
+    return not (profiled or torch._C._len_torch_dispatch_stack() > 0)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..checks import on_kernels, without_autocast
+from ..checks import is_real, on_kernels, without_autocast
 from . import kernels
 from .op import MAX_KERNEL_SIZE
 
@@ -35,10 +35,7 @@ class _RmsNormCast(torch.autograd.Function):
 
 def runs_kernels(x: Tensor, *others: Tensor) -> bool:
     """Whether a norm of `x` (..., D) is a kernel's: not for tracers, compilers and wide rows."""
-    # subclasses are tracers' stand-ins, which have no memory; a trace would hold no launch
-    tracing = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
-    real = type(x) is Tensor and not (tracing or torch.compiler.is_compiling())
-    return real and on_kernels(x, *others) and x.shape[-1] <= MAX_KERNEL_SIZE
+    return is_real(x) and on_kernels(x, *others) and x.shape[-1] <= MAX_KERNEL_SIZE
 
 
 def rms_norm_cast(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
