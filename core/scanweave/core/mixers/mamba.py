@@ -23,17 +23,9 @@ from torch import Tensor, nn
 from ..ops.checks import autocast_dtype, computing_dtype
 from ..ops.conv import causal_conv1d, causal_conv1d_step
 from ..ops.mamba import mamba_block
+from ..ops.mamba.weights import Weights, fits, prepared
 from ..ops.selective import bidirectional_selective_scan, selective_scan, selective_scan_step
 from .base import Mixer, State, register_mixer, with_state
-
-
-def _rates(logs: list[Tensor]) -> list[Tensor]:
-    """Decay rates -exp(A_log), in float32 or wider."""
-    wide = [v.to(computing_dtype(v)) for v in logs]
-    if torch.is_grad_enabled() or not logs[0].is_cuda:
-        return [-torch.exp(v) for v in wide]
-    # two launches for all directions
-    return list(torch._foreach_neg(torch._foreach_exp(wide)))  # pyright: ignore[reportPrivateImportUsage]
 
 
 class _MambaBase(Mixer):
@@ -158,34 +150,34 @@ class _MambaBase(Mixer):
         def cast(v: Tensor) -> Tensor:
             return v if wanted is None else v.to(wanted)
 
-        def cast_all(values: list[Tensor]) -> list[Tensor]:
-            if wanted is None or torch.is_grad_enabled() or not x.is_cuda:
-                return [cast(v) for v in values]
-            # one launch instead of one a tensor
-            found = [torch.empty_like(v, dtype=wanted) for v in values]
-            torch._foreach_copy_(found, values)  # pyright: ignore[reportPrivateImportUsage]
-            return found
-
         parts = [self._direction(suffix) for suffix in self._directions]
         convs, x_projs, dt_projs, a_logs, skips = (list(v) for v in zip(*parts, strict=True))
         inner, outer = self.in_proj, self.out_proj
+        x_weights, dt_weights = ([m.weight for m in found] for found in (x_projs, dt_projs))
+        weights = Weights(inner.weight, x_weights, dt_weights, outer.weight, a_logs)
         # halving the weight is exact, cheaper than halving y, and leaves the bias alone
-        out_weight = outer.weight if scale == 1.0 else scale * outer.weight
-        weights = [inner.weight, *(m.weight for m in (*x_projs, *dt_projs)), out_weight]
-        in_weight, *x_weight, out_weight = cast_all(weights)
-        count = len(parts)
+        if wanted is not None and fits(weights, wanted):
+            weights = prepared(weights, scale, wanted)
+        else:
+            weights = Weights(
+                cast(inner.weight),
+                [cast(v) for v in x_weights],
+                [cast(v) for v in dt_weights],
+                cast(outer.weight if scale == 1.0 else scale * outer.weight),
+                [-torch.exp(v.to(computing_dtype(v))) for v in a_logs],
+            )
         return mamba_block(
             cast(x),
-            in_weight,
+            weights.inner,
             None if inner.bias is None else cast(inner.bias),
             [conv.weight.squeeze(1) for conv in convs],
             [conv.bias for conv in convs if conv.bias is not None],
-            x_weight[:count],
-            x_weight[count:],
-            _rates(a_logs),
+            weights.x,
+            weights.dt,
+            weights.A,
             skips,
             [linear.bias for linear in dt_projs],
-            out_weight,
+            weights.outer,
             None if outer.bias is None else cast(outer.bias),
             cu_seqlens,
             [suffix != "" for suffix in self._directions],

@@ -4,8 +4,9 @@ PyTorch would take five launches, and two more to round the gradients of B and C
 
 Letters: D channels, G groups, N state.
 """
-# Triton's own language: launch options
+# Triton's own language: static ranges, launch options
 # pyright: reportCallIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
+# pyright: reportGeneralTypeIssues=false
 
 import torch
 import triton
@@ -16,8 +17,9 @@ from ..launch import ceil_div, on_device, power_of_2
 
 # of the many slots of packed graphs PyTorch's sums run on more processors
 MOST_SLOTS = 1024
-# elements of a program's tile, and channels of a program that adds slots
-TILE = 2048
+# sums of a program that adds blocks (4 a thread: one load of 16 bytes each), and of one that adds
+# slots
+ELEMENTS = 512
 COLUMNS = 64
 
 
@@ -29,22 +31,20 @@ def _add_blocks(
     rows,
     blocks,
     N: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    DEEP: tl.constexpr,
 ):
-    r = pid.to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    k = tl.arange(0, BLOCK_K)
-    n = tl.arange(0, BLOCK_N)
-    total = tl.zeros([BLOCK_R, BLOCK_N], tl.float32)
-    for first in range(0, blocks, BLOCK_K):
-        mask = (r < rows)[:, None, None] & (first + k < blocks)[None, :, None]
-        mask = mask & (n < N)[None, None, :]
-        at = (r[:, None, None] * blocks + (first + k)[None, :, None]) * N + n[None, None, :]
-        total += tl.sum(tl.load(part_ptr + at, mask=mask, other=0.0), 1)
-    mask_r = (r < rows)[:, None] & (n < N)[None, :]
-    at_sum = sum_ptr + r[:, None] * N + n[None, :]
-    tl.store(at_sum, total.to(sum_ptr.dtype.element_ty), mask=mask_r)
+    # a thread adds the blocks of a few neighbouring elements, DEEP loads ahead of the sum
+    e = pid.to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E)
+    inside = e < rows.to(tl.int64) * N
+    part_ptr += e // N * blocks * N + e % N
+    total = tl.zeros([BLOCK_E], tl.float32)
+    for first in range(0, blocks, DEEP):
+        for i in tl.static_range(DEEP):
+            k = first + i
+            mask = tl.where(k < blocks, inside, False)
+            total += tl.load(part_ptr + k * N, mask=mask, other=0.0)
+    tl.store(sum_ptr + e, total.to(sum_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -87,32 +87,34 @@ def partials_kernel(
     N: tl.constexpr,
     HAS_D: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    DEEP: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Programs of B's rows, then of C's, of A's columns, of D's and of the bias's."""
+    """Programs of A's columns, which take longest, of D's and the bias's, of B's and C's rows."""
     pid = tl.program_id(0)
     columns = dim * N
-    of_A = 2 * row_programs
-    of_D = of_A + tl.cdiv(columns, BLOCK_C)
+    of_D = tl.cdiv(columns, BLOCK_C)
     of_bias = of_D
     if HAS_D:
         of_bias += tl.cdiv(dim, BLOCK_C)
-    if pid < row_programs:
-        _add_blocks(dB_ptr, sum_B_ptr, pid, rows, blocks, N, BLOCK_R, BLOCK_K, BLOCK_N)
-    elif pid < of_A:
-        at = pid - row_programs
-        _add_blocks(dC_ptr, sum_C_ptr, at, rows, blocks, N, BLOCK_R, BLOCK_K, BLOCK_N)
-    elif pid < of_D:
-        _add_slots(dA_ptr, sum_A_ptr, pid - of_A, slots, columns, BLOCK_S, BLOCK_C)
+    of_B = of_bias
+    if HAS_BIAS:
+        of_B += tl.cdiv(dim, BLOCK_C)
+    if pid < of_D:
+        _add_slots(dA_ptr, sum_A_ptr, pid, slots, columns, BLOCK_S, BLOCK_C)
     elif pid < of_bias:
         if HAS_D:
             _add_slots(dD_ptr, sum_D_ptr, pid - of_D, slots, dim, BLOCK_S, BLOCK_C)
-    elif HAS_BIAS:
-        _add_slots(dbias_ptr, sum_bias_ptr, pid - of_bias, slots, dim, BLOCK_S, BLOCK_C)
+    elif pid < of_B:
+        if HAS_BIAS:
+            _add_slots(dbias_ptr, sum_bias_ptr, pid - of_bias, slots, dim, BLOCK_S, BLOCK_C)
+    elif pid < of_B + row_programs:
+        _add_blocks(dB_ptr, sum_B_ptr, pid - of_B, rows, blocks, N, BLOCK_E, DEEP)
+    else:
+        at = pid - of_B - row_programs
+        _add_blocks(dC_ptr, sum_C_ptr, at, rows, blocks, N, BLOCK_E, DEEP)
 
 
 def add_partials(
@@ -149,10 +151,7 @@ def add_partials(
     )
     sum_D, sum_bias = (None if v is None else v.new_empty(dim) for v in (dD, dbias))
     rows = sum_B.numel() // state
-    block_n = power_of_2(state)
-    block_k = min(power_of_2(blocks), max(1, 256 // block_n))
-    block_r = min(max(1, TILE // (block_n * block_k)), power_of_2(rows))
-    row_programs = ceil_div(rows, block_r)
+    row_programs = ceil_div(rows * state, ELEMENTS)
     channels = ceil_div(dim, COLUMNS)
     programs = 2 * row_programs + ceil_div(dim * state, COLUMNS)
     programs += channels * ((dD is not None) + (dbias is not None))
@@ -176,9 +175,8 @@ def add_partials(
             N=state,
             HAS_D=dD is not None,
             HAS_BIAS=dbias is not None,
-            BLOCK_R=block_r,
-            BLOCK_K=block_k,
-            BLOCK_N=block_n,
+            BLOCK_E=ELEMENTS,
+            DEEP=min(8, power_of_2(blocks)),
             BLOCK_S=min(32, power_of_2(slots)),
             BLOCK_C=COLUMNS,
             num_warps=4,
