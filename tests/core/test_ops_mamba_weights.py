@@ -35,29 +35,39 @@ def parameters(directions: int = 2, large: bool = False, **options: Any) -> Weig
     return Weights(made(2 * inner, dim), *shapes, made(dim, inner), each(inner, state))
 
 
-def in_parts(weights: Weights, scale: float, dtype: torch.dtype) -> Weights:
+def flat(weights: Weights) -> list[Tensor]:
+    return code._flat(weights, True)
+
+
+def in_parts(weights: Weights, scale: float, dtype: torch.dtype | None) -> Weights:
+    rates = [-v.exp() for v in weights.A]
+    if dtype is None:
+        return weights._replace(outer=scale * weights.outer, A=rates)
     return Weights(
         weights.inner.to(dtype),
         [v.to(dtype) for v in weights.x],
         [v.to(dtype) for v in weights.dt],
         (scale * weights.outer).to(dtype),
-        [-v.exp() for v in weights.A],
+        rates,
     )
 
 
 @pytest.mark.interpret
 @pytest.mark.parametrize("large", [False, True])
 @pytest.mark.parametrize("directions", [1, 2])
-def test_kernel(directions: int, large: bool, assert_near: Check) -> None:
+@pytest.mark.parametrize("dtype", [torch.float16, None])
+def test_kernel(
+    directions: int, large: bool, dtype: torch.dtype | None, assert_near: Check
+) -> None:
     weights = parameters(directions, large)
-    assert fits(weights, torch.float16)
-    inputs = code._flat(weights)
-    found = code._flat(prepared(weights, 0.5, torch.float16))
-    wanted = code._flat(in_parts(weights, 0.5, torch.float16))
+    assert fits(weights, dtype)
+    inputs = flat(weights)
+    found = flat(prepared(weights, 0.5, dtype))
+    wanted = flat(in_parts(weights, 0.5, dtype))
     assert [v.dtype for v in found] == [v.dtype for v in wanted]
     grads = [torch.randn_like(v) for v in wanted]
     with torch.no_grad():
-        alone = code._flat(prepared(weights, 0.5, torch.float16))
+        alone = flat(prepared(weights, 0.5, dtype))
     for one, actual, expected in zip(alone, found, wanted, strict=True):
         assert torch.equal(one, actual)
         # float16 is rounded to nearest everywhere; rates differ by their exponential
@@ -76,7 +86,7 @@ def test_frozen_weights() -> None:
     weights.inner.requires_grad_(False)
     weights.A[1].requires_grad_(False)
     found = prepared(weights, 1.0, torch.bfloat16)
-    sum(v.float().sum() for v in code._flat(found)).backward()  # type: ignore[union-attr]
+    sum(v.float().sum() for v in flat(found)).backward()  # type: ignore[union-attr]
     assert weights.inner.grad is None
     assert weights.A[1].grad is None
     assert torch.equal(weights.outer.grad, torch.ones_like(weights.outer))  # type: ignore[arg-type]
@@ -84,13 +94,28 @@ def test_frozen_weights() -> None:
 
 
 @pytest.mark.interpret
+def test_model_of_16_bits() -> None:
+    """Only `outer` and the rates change, the latter kept in float32."""
+    weights = parameters(dtype=torch.bfloat16)
+    weights = weights._replace(A=parameters().A)
+    found = prepared(weights, 0.5, None)
+    assert found.inner is weights.inner
+    assert torch.equal(found.outer, 0.5 * weights.outer)
+    assert found.A[1].dtype == torch.float32
+    (found.outer.sum() + found.A[0].sum()).backward()
+    grad = weights.outer.grad
+    assert grad is not None
+    assert torch.equal(grad, torch.full_like(weights.outer, 0.5))
+
+
+@pytest.mark.interpret
 def test_what_is_left_to_pytorch() -> None:
     weights = parameters()
-    assert not fits(weights, None)
     assert not fits(weights, torch.float32)
-    assert not fits(parameters(dtype=torch.float64), torch.bfloat16)
+    assert not fits(parameters(dtype=torch.float64), None)
     assert not fits(parameters(dtype=torch.bfloat16), torch.bfloat16)
     assert not fits(parameters(directions=3), torch.bfloat16)
+    assert not fits(parameters(dtype=torch.bfloat16), None)
     turned = torch.randn(3, 14, device=device()).t()
     assert not fits(weights._replace(inner=turned), torch.bfloat16)
     compiled = torch.compile(lambda: fits(weights, torch.bfloat16), backend="eager")
@@ -104,13 +129,14 @@ def test_not_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.interpret
 @pytest.mark.parametrize("average", [False, True])
-def test_block_uses_it(average: bool) -> None:
-    """Under autocast: one launch forward, one backward, and the numbers of PyTorch's operators."""
+@pytest.mark.parametrize("half", [False, True])
+def test_block_uses_it(average: bool, half: bool) -> None:
+    """One launch forward, one backward, and the numbers of PyTorch's operators."""
     mixer = create_mixer("bimamba", 16, d_state=3, average=average).to(device())
     x = torch.randn(2, 9, 16, device=device(), requires_grad=True)
 
     def run() -> list[Tensor]:
-        with torch.autocast(device(), torch.bfloat16):
+        with torch.autocast(device(), torch.bfloat16, enabled=half):
             y = mixer(x)
         grads = torch.autograd.grad(y.float().square().sum(), [x, *mixer.parameters()])
         return [y.detach().float(), *grads]

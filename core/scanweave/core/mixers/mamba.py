@@ -156,7 +156,7 @@ class _MambaBase(Mixer):
         x_weights, dt_weights = ([m.weight for m in found] for found in (x_projs, dt_projs))
         weights = Weights(inner.weight, x_weights, dt_weights, outer.weight, a_logs)
         # halving the weight is exact, cheaper than halving y, and leaves the bias alone
-        if wanted is not None and fits(weights, wanted):
+        if fits(weights, wanted):
             weights = prepared(weights, scale, wanted)
         else:
             weights = Weights(

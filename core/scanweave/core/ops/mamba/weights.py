@@ -1,11 +1,11 @@
-"""A Mamba block's parameters as its operator reads them under autocast: one launch each way.
+"""A Mamba block's parameters as its operator reads them: one launch each way.
 
-    W_in, W_x,k, W_dt,k    rounded to 16 bits
+    W_in, W_x,k, W_dt,k    rounded to 16 bits under autocast
     W_out                  times a scale, rounded
     A_k = -exp(log_k)      float32
 
-PyTorch takes a launch for every one of them, and one more for each gradient: 11 and 13 for two
-directions, of some microseconds each.
+PyTorch takes a launch for every step, and one for each gradient: 11 and 13 for two directions
+under autocast, 5 and 5 without, of some microseconds each.
 
 Letters: D model channels, E inner channels, N state, R rank of dt, K directions, 1 or 2.
 """
@@ -116,17 +116,19 @@ def weights_kernel(
 
 
 def _launch(
-    given: Weights, found: Weights, scale: float, rates: Sequence[Tensor] | None
-) -> Weights:
-    """Fill `found`; with `rates` as gradients."""
+    given: Weights, found: Weights, scale: float, rates: Sequence[Tensor] | None, rounds: bool
+) -> None:
+    """Fill `found`, if it is not rounded only `outer` and A; with `rates` as gradients."""
     ends = [[v[0], v[-1]] for v in (given.x, given.dt, found.x, found.dt, given.A, found.A)]
     x, dt, to_x, to_dt, A, to_A = ends
     of = A if rates is None else [rates[0], rates[-1]]
     sizes = [v.numel() for v in (given.inner, x[0], dt[0], given.outer, A[0])]
+    if not rounds:
+        sizes[:3] = 0, 0, 0
     tiles = [ceil_div(size, TILE) for size in sizes]
-    count = len(given.x)
+    count = len(given.A)
     programs = tiles[0] + tiles[3] + count * (tiles[1] + tiles[2] + tiles[4])
-    with on_device(given.inner):
+    with on_device(given.outer):
         weights_kernel[(programs,)](
             given.inner,
             *x,
@@ -147,71 +149,81 @@ def _launch(
             num_warps=4,
             enable_fp_fusion=True,
         )
-    return found
 
 
-def _nested(flat: Sequence[Tensor]) -> Weights:
-    """Two single tensors and three lists, from tensors in the order of `_flat`."""
-    count = (len(flat) - 2) // 3
-    lists = [list(flat[start : start + count]) for start in range(2, len(flat), count)]
-    return Weights(flat[0], lists[0], lists[1], flat[1], lists[2])
+def _nested(flat: Sequence[Tensor], count: int) -> Weights:
+    """Of K = `count` directions; without those that are not rounded `outer` stands for them."""
+    outer, A = flat[0], list(flat[1 : count + 1])
+    if len(flat) == count + 1:
+        return Weights(outer, [outer], [outer], outer, A)
+    inner, x, dt = flat[count + 1], flat[count + 2 : 2 * count + 2], flat[2 * count + 2 :]
+    return Weights(inner, list(x), list(dt), outer, A)
 
 
-def _flat(weights: Weights) -> list[Tensor]:
-    return [weights.inner, weights.outer, *weights.x, *weights.dt, *weights.A]
+def _flat(weights: Weights, rounds: bool) -> list[Tensor]:
+    first = [weights.outer, *weights.A]
+    return [*first, weights.inner, *weights.x, *weights.dt] if rounds else first
 
 
-def _launched(flat: Sequence[Tensor], scale: float, dtype: torch.dtype) -> list[Tensor]:
-    given = _nested(flat)
-    few = len(flat) - len(given.A)
-    found = [torch.empty_like(v, dtype=dtype) for v in flat[:few]]
-    found += [torch.empty_like(v) for v in given.A]
-    _launch(given, _nested(found), scale, None)
+def _launched(
+    flat: Sequence[Tensor], count: int, scale: float, dtype: torch.dtype | None
+) -> list[Tensor]:
+    found = [torch.empty_like(v, dtype=dtype) for v in flat]
+    found[1 : count + 1] = [torch.empty_like(v) for v in flat[1 : count + 1]]
+    _launch(_nested(flat, count), _nested(found, count), scale, None, dtype is not None)
     return found
 
 
 class _Prepared(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, scale, dtype, *flat):
-        found = _launched(flat, scale, dtype)
-        ctx.save_for_backward(*_nested(found).A)
-        ctx.scale = scale
+    def forward(ctx, count, scale, dtype, *flat):
+        found = _launched(flat, count, scale, dtype)
+        ctx.save_for_backward(*found[1 : count + 1])
+        ctx.config = (count, scale, dtype is not None)
+        ctx.of_outer = flat[0].dtype
         return tuple(found)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):  # pyright: ignore[reportIncompatibleMethodOverride]
+        count, scale, rounds = ctx.config
         given = [v.contiguous() for v in grads]
         found = [torch.empty_like(v, dtype=torch.float32) for v in given]
-        _launch(_nested(given), _nested(found), ctx.scale, ctx.saved_tensors)
-        needed = ctx.needs_input_grad[2:]
-        return None, None, *(v if wanted else None for v, wanted in zip(found, needed, strict=True))
+        found[0] = torch.empty_like(given[0], dtype=ctx.of_outer)
+        nested = _nested(given, count), _nested(found, count)
+        _launch(*nested, scale, ctx.saved_tensors, rounds)
+        needed = zip(found, ctx.needs_input_grad[3:], strict=True)
+        return None, None, None, *(v if wanted else None for v, wanted in needed)
 
 
 def fits(weights: Weights, dtype: torch.dtype | None) -> bool:
     """Whether `prepared` takes these parameters, to be rounded to `dtype` if that is not None."""
-    flat = _flat(weights)
+    flat = _flat(weights, dtype is not None)
+    wide = flat if dtype is not None else weights.A
     return (
-        dtype in (torch.bfloat16, torch.float16)
-        and len(weights.x) <= 2
+        dtype in (torch.bfloat16, torch.float16, None)
+        and len(weights.A) <= 2
         and is_real(flat[0])
         and on_kernels(*flat)
-        and all(v.dtype == torch.float32 and v.is_contiguous() for v in flat)
+        and all(v.dtype == torch.float32 for v in wide)
+        and all(v.is_contiguous() for v in flat)
     )
 
 
-def prepared(weights: Weights, scale: float, dtype: torch.dtype) -> Weights:
+def prepared(weights: Weights, scale: float, dtype: torch.dtype | None) -> Weights:
     """Round the weights, and make rates of logarithms.
 
     Args:
-        weights: Parameters, float32, `A` being logarithms of rates; see `fits`.
+        weights: Parameters, `A` being logarithms of rates; see `fits`.
         scale: Factor of `outer`.
-        dtype: Of the weights given back; rates stay float32.
+        dtype: Of the weights given back, if they are to be rounded; rates stay float32.
 
     Returns:
         The weights as `mamba_block` takes them.
     """
-    flat = _flat(weights)
+    flat, count = _flat(weights, dtype is not None), len(weights.A)
     if torch.is_grad_enabled():
-        return _nested(_Prepared.apply(scale, dtype, *flat))
-    return _nested(_launched(flat, scale, dtype))
+        found = _nested(_Prepared.apply(count, scale, dtype, *flat), count)
+    else:
+        found = _nested(_launched(flat, count, scale, dtype), count)
+    return found if dtype is not None else weights._replace(outer=found.outer, A=found.A)
