@@ -22,7 +22,7 @@ from .gated_ops import GATED_OPS
 from .inputs import BACK, WEIGHTS, Draw, Inputs, Op, direction
 from .linear_ops import LINEAR_OPS
 from .paths import PATH_SCAN
-from .primitives import LAYER_NORM, LINEAR_SCAN, NORM
+from .primitives import LAYER_NORM, LINEAR_SCAN, NORM, RMS_NORM
 from .reference import Exact, scan_gradients, scan_step
 from .shapes import Shape
 from .step_ops import STEP_OPS
@@ -206,6 +206,7 @@ OPS: dict[str, Op] = {
         *LINEAR_OPS,
         NORM,
         LAYER_NORM,
+        RMS_NORM,
         Op("mixer", _make_mixer, _run_mixer, _exact_mixer, None),
     )
 }

@@ -270,6 +270,7 @@ PEERS: dict[str, tuple[Peer, ...]] = {
     "linear_scan": (Peer("fla", "fla_core", hgrn),),
     "rms_norm_gated": (Peer("mamba_ssm", "mamba_ssm", gated_norm),),
     "layer_norm": (),
+    "rms_norm": (),
     "mixer": (
         Peer("mamba_ssm", "mamba_ssm", _mamba_ssm_block),
         Peer("transformers", "transformers", _transformers_block),

@@ -31,6 +31,7 @@ SHORT = {
     "rwkv6": "RWKV-6",
     "rms_norm_gated": "gated norm",
     "layer_norm": "sum and layer norm",
+    "rms_norm": "sum and RMS norm",
     "linear_scan": "linear scan",
 }
 

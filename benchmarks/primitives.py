@@ -79,13 +79,23 @@ def _norm_work(shape: Shape, dtype: torch.dtype) -> tuple[Work, Work]:
     return Work(3 * moved, 2 * elements), Work(5 * moved, 2 * elements)
 
 
-def _make_layer_norm(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
+def _make_sum_norm(
+    shape: Shape, dtype: torch.dtype, device: torch.device, parameters: tuple[str, ...]
+) -> Inputs:
     draw = Draw(dtype, device)
     size = (shape.batch, shape.length, shape.dim)
     # a residual stream keeps float32 where its branches have 16 bits
     tensors = {"x": draw(*size, dtype=torch.float32), "branch": draw(*size)}
-    tensors |= {k: 1 + 0.1 * draw(shape.dim, dtype=torch.float32) for k in ("weight", "bias")}
+    tensors |= {k: 1 + 0.1 * draw(shape.dim, dtype=torch.float32) for k in parameters}
     return Inputs(shape, {k: v.requires_grad_() for k, v in tensors.items()})
+
+
+def _make_layer_norm(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
+    return _make_sum_norm(shape, dtype, device, ("weight", "bias"))
+
+
+def _make_rms_norm(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
+    return _make_sum_norm(shape, dtype, device, ("weight",))
 
 
 def _run_layer_norm(inputs: Inputs) -> Tensor:
@@ -100,7 +110,18 @@ def _exact_layer_norm(inputs: Inputs, dout: Tensor) -> Exact:
     return _grads(inputs, _run_layer_norm(inputs), dout, "PyTorch float64")
 
 
-def _layer_norm_work(shape: Shape, dtype: torch.dtype) -> tuple[Work, Work]:
+def _run_rms_norm(inputs: Inputs) -> Tensor:
+    from scanweave.core.ops.norm.cast import add_rms_norm_cast
+
+    t = inputs.tensors
+    return add_rms_norm_cast(t["x"], t["branch"], t["weight"], 1e-5, t["branch"].dtype)[1]
+
+
+def _exact_rms_norm(inputs: Inputs, dout: Tensor) -> Exact:
+    return _grads(inputs, _run_rms_norm(inputs), dout, "PyTorch float64")
+
+
+def _sum_norm_work(shape: Shape, dtype: torch.dtype) -> tuple[Work, Work]:
     elements = shape.batch * shape.length * shape.dim
     # x and the sum in float32, branch, norm; then the sum, dnorm, dx, dbranch
     moved = elements * (2 * 4 + 2 * dtype.itemsize)
@@ -109,6 +130,5 @@ def _layer_norm_work(shape: Shape, dtype: torch.dtype) -> tuple[Work, Work]:
 
 LINEAR_SCAN = Op("linear_scan", _make_scan, _run_scan, _exact_scan, _scan_work)
 NORM = Op("rms_norm_gated", _make_norm, _run_norm, _exact_norm, _norm_work)
-LAYER_NORM = Op(
-    "layer_norm", _make_layer_norm, _run_layer_norm, _exact_layer_norm, _layer_norm_work
-)
+LAYER_NORM = Op("layer_norm", _make_layer_norm, _run_layer_norm, _exact_layer_norm, _sum_norm_work)
+RMS_NORM = Op("rms_norm", _make_rms_norm, _run_rms_norm, _exact_rms_norm, _sum_norm_work)

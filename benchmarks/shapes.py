@@ -152,6 +152,10 @@ SHAPES: dict[str, dict[str, tuple[Shape, ...]]] = {
         "cuda": _stateless(Shape("vmamba_56", 128, 3136, 96), Shape("vmamba_7", 128, 49, 768)),
         "cpu": _stateless(VIM_CPU),
     },
+    "rms_norm": {
+        "cuda": _stateless(Shape("vim_s", 128, 197, 384)),
+        "cpu": _stateless(VIM_CPU),
+    },
     "mixer": {
         "cuda": (
             *_blocks(

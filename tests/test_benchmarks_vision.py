@@ -170,7 +170,7 @@ def test_kernels_are_sorted():
         ("_layer_norm_fwd_1pass_kernel", "LayerNormFn"): "norm",
         ("void at::native::vectorized_elementwise_kernel<add>", "aten::add"): "elementwise",
         ("Memcpy DtoD", "aten::copy_"): "copies",
-        ("_forward_kernel", "_RmsNormCast"): "norm",
+        ("_forward_kernel", "_AddNormCast"): "norm",
         ("_gate_kernel", "scanweave::mamba_block_backward"): "elementwise",
         ("flash_fwd_kernel", "aten::_flash_attention_forward"): "attention",
         ("void at::native::unrolled_elementwise_kernel<direct_copy>", "aten::copy_"): "copies",

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from scanweave.core.ops.norm import layer_kernels
+from scanweave.core.ops.norm import cast_kernels
 from scanweave.core.ops.norm.layer import add_layer_norm_cast, layer_norm_cast
 
 Check = Callable[..., None]
@@ -39,8 +39,8 @@ def off(actual: Tensor, expected: Tensor) -> float:
 @pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch: pytest.MonkeyPatch):
     """Several tiles a program, and several programs."""
-    monkeypatch.setattr(layer_kernels, "TILE", 256)
-    monkeypatch.setattr(layer_kernels, "EACH", 2)
+    monkeypatch.setattr(cast_kernels, "TILE", 256)
+    monkeypatch.setattr(cast_kernels, "EACH", 2)
 
 
 @pytest.mark.interpret
@@ -49,7 +49,7 @@ def _small_tiles(monkeypatch: pytest.MonkeyPatch):
 def test_norm(shape: tuple[int, ...], assert_near: Check):
     x, (weight, bias) = drawn(*shape), parameters(shape[-1])
     y = layer_norm_cast(x, weight, bias, 1e-5, torch.float32)
-    assert "AddLayerNormCast" in type(y.grad_fn).__name__
+    assert "AddNormCast" in type(y.grad_fn).__name__
     wanted = F.layer_norm(x, shape[-1:], weight, bias, 1e-5)
     assert_near(y, wanted)
     g, inputs = torch.randn_like(y), (x, weight, bias)
@@ -121,7 +121,7 @@ def test_a_profiler_sees_an_operator():
     x, (weight, bias) = drawn(4, 48), parameters(48)
     with torch.profiler.profile(acc_events=True) as profiler:
         layer_norm_cast(x, weight, bias, 1e-5, torch.float32)
-    assert "_AddLayerNormCast" in {event.name for event in profiler.events() or []}
+    assert "_AddNormCast" in {event.name for event in profiler.events() or []}
 
 
 @pytest.mark.interpret

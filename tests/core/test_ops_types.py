@@ -32,6 +32,7 @@ from scanweave.core import (
     symmetric_conv1d,
     wkv,
 )
+from scanweave.core.ops.norm.cast import add_rms_norm_cast, rms_norm_cast
 from scanweave.core.ops.norm.layer import add_layer_norm_cast, layer_norm_cast
 
 pytestmark = pytest.mark.skipif(
@@ -167,6 +168,18 @@ def test_layer_norms(mix: Mix, stream: torch.dtype):
     del inputs["branch"]
     for dtype in (HALF, torch.float32):
         check(layer_norm_cast, inputs, eps=1e-5, dtype=dtype)
+
+
+@MIX
+@pytest.mark.parametrize("stream", [torch.float32, HALF], ids=lambda d: str(d)[6:])
+def test_rms_norms(mix: Mix, stream: torch.dtype):
+    x, branch = (torch.zeros(9, 48, dtype=kind) for kind in (stream, mix["dtype"]))
+    weight = torch.ones(48, dtype=mix["weights"])
+    inputs = each({"x": x, "branch": branch, "weight": weight}, Tensor.clone)
+    check(add_rms_norm_cast, inputs, eps=1e-5, dtype=HALF)
+    del inputs["branch"]
+    for dtype in (HALF, torch.float32):
+        check(rms_norm_cast, inputs, eps=1e-5, dtype=dtype)
 
 
 @MIX

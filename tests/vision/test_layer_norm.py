@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import scanweave.vision  # noqa: F401  (registers the models)
-from scanweave.core.ops.norm import layer_kernels
+from scanweave.core.ops.norm import cast_kernels
 from scanweave.vision import layer_norm
 from scanweave.vision.layer_norm import LayerNorm, add_and_norm
 
@@ -84,7 +84,7 @@ def test_kernels_give_the_same_model(assert_near: Callable[..., None]) -> None:
 
     with as_pytorch():
         expected = run(False)
-    with mock.patch.object(layer_kernels, "forward", wraps=layer_kernels.forward) as launched:
+    with mock.patch.object(cast_kernels, "forward", wraps=cast_kernels.forward) as launched:
         found = run(False)
     # two of the stem, three a block, two more; with the sum before it one a block, and one between
     # the two of the first stage

@@ -140,11 +140,10 @@ def forward(
     eps: float,
     size: int,
     norm_first: bool,
-    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """`x` and `z` (R, D); the result in `dtype`, that of x when None."""
+    """`x` and `z` (R, D); the result has the dtype of x."""
     rows, dim = x.shape
-    out = torch.empty((rows, dim), dtype=dtype or x.dtype, device=x.device)
+    out = torch.empty((rows, dim), dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
     x, z = adjacent(x), None if z is None else adjacent(z)

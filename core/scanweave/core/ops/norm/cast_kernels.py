@@ -1,7 +1,8 @@
-"""Layer norm on a GPU: one pass over the rows forward, one backward, a sum of branches included.
+"""Layer norm and RMS norm on a GPU: one pass over the rows each way, a sum of branches included.
 
 A program holds whole rows in registers, so mean and variance are two passes over what it holds.
 Gradients of weight and bias are summed over a program's rows and then, by PyTorch, over programs.
+Without a bias it is the RMS norm, which takes no mean off.
 
 Letters: R rows, D channels.
 """
@@ -35,6 +36,7 @@ def _forward_kernel(
     stride_branch,
     eps,
     HAS_BRANCH: tl.constexpr,
+    HAS_BIAS: tl.constexpr,  # a layer norm
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -45,7 +47,6 @@ def _forward_kernel(
     mask = (offs_r < rows) & mask_d[None, :]
     x = tl.load(x_ptr + offs_r * stride_x + channel, mask=mask, other=0.0).to(tl.float32)
     w = tl.load(w_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)
-    b = tl.load(b_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)
     if HAS_BRANCH:
         branch_at = branch_ptr + offs_r * stride_branch + channel
         x += tl.load(branch_at, mask=mask, other=0.0).to(tl.float32)
@@ -53,10 +54,12 @@ def _forward_kernel(
         total = x.to(total_ptr.dtype.element_ty)
         tl.store(total_ptr + offs_r * size + channel, total, mask=mask)
         x = total.to(tl.float32)
-    mean = tl.sum(x, 1) / size
-    x = tl.where(mask, x - mean[:, None], 0.0)
-    scale = tl.rsqrt(tl.sum(x * x, 1) / size + eps)
-    out = x * scale[:, None] * w[None, :] + b[None, :]
+    if HAS_BIAS:
+        x = tl.where(mask, x - (tl.sum(x, 1) / size)[:, None], 0.0)
+    out = x * tl.rsqrt(tl.sum(x * x, 1) / size + eps)[:, None] * w[None, :]
+    if HAS_BIAS:
+        b = tl.load(b_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)
+        out += b[None, :]
     tl.store(out_ptr + offs_r * size + channel, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -68,7 +71,7 @@ def _backward_kernel(
     w_ptr,
     dx_ptr,
     dbranch_ptr,
-    dparams_ptr,  # (programs, 2, D)
+    dparams_ptr,  # (programs, 2, D), or without a bias (programs, 1, D)
     rows,
     size,
     each,  # tiles of a program
@@ -78,6 +81,7 @@ def _backward_kernel(
     eps,
     HAS_TOTAL: tl.constexpr,
     HAS_BRANCH: tl.constexpr,
+    HAS_BIAS: tl.constexpr,  # a layer norm
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -88,21 +92,28 @@ def _backward_kernel(
     w = tl.load(w_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)
     # summed over rows once, at the end
     dw = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
-    db = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+    if HAS_BIAS:
+        db = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
     for tile in range(0, each):
         offs_r = ((pid * each + tile) * BLOCK_R + tl.arange(0, BLOCK_R))[:, None]
         mask = (offs_r < rows) & mask_d[None, :]
         x = tl.load(x_ptr + offs_r * stride_x + channel, mask=mask, other=0.0).to(tl.float32)
         dout = tl.load(dout_ptr + offs_r * stride_dout + channel, mask=mask, other=0.0)
         dout = dout.to(tl.float32)
-        x = tl.where(mask, x - (tl.sum(x, 1) / size)[:, None], 0.0)
+        if HAS_BIAS:
+            x = tl.where(mask, x - (tl.sum(x, 1) / size)[:, None], 0.0)
         scale = tl.rsqrt(tl.sum(x * x, 1) / size + eps)[:, None]
+        # rows that are not there: with eps = 0 their scale is infinite, and 0 times that is NaN
+        scale = tl.where(offs_r < rows, scale, 0.0)
         normed = x * scale
         dw += dout * normed
-        db += dout
         dnormed = dout * w[None, :]
         along = (tl.sum(dnormed * normed, 1) / size)[:, None]
-        dx = scale * (dnormed - (tl.sum(dnormed, 1) / size)[:, None] - normed * along)
+        if HAS_BIAS:
+            db += dout
+            dx = scale * (dnormed - (tl.sum(dnormed, 1) / size)[:, None] - normed * along)
+        else:
+            dx = scale * (dnormed - normed * along)
         at = offs_r * size + channel
         if HAS_TOTAL:
             dtotal_at = dtotal_ptr + offs_r * stride_dtotal + channel
@@ -110,9 +121,10 @@ def _backward_kernel(
         if HAS_BRANCH:
             tl.store(dbranch_ptr + at, dx.to(dbranch_ptr.dtype.element_ty), mask=mask)
         tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=mask)
-    dparams_at = dparams_ptr + pid * 2 * size + offs_d
+    dparams_at = dparams_ptr + pid * (2 if HAS_BIAS else 1) * size + offs_d
     tl.store(dparams_at, tl.sum(dw, 0), mask=mask_d)
-    tl.store(dparams_at + size, tl.sum(db, 0), mask=mask_d)
+    if HAS_BIAS:
+        tl.store(dparams_at + size, tl.sum(db, 0), mask=mask_d)
 
 
 def _tile(rows: int, size: int) -> tuple[int, int, int]:
@@ -127,7 +139,7 @@ def forward(
     x: Tensor,
     branch: Tensor | None,
     weight: Tensor,
-    bias: Tensor,
+    bias: Tensor | None,
     eps: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
@@ -146,7 +158,7 @@ def forward(
             x,
             branch,
             weight.contiguous(),
-            bias.contiguous(),
+            None if bias is None else bias.contiguous(),
             total,
             out,
             rows,
@@ -155,6 +167,7 @@ def forward(
             0 if branch is None else branch.stride(0),
             eps,
             HAS_BRANCH=branch is not None,
+            HAS_BIAS=bias is not None,
             BLOCK_R=block_r,
             BLOCK_D=block_d,
             num_warps=warps,
@@ -168,27 +181,30 @@ def backward(
     dtotal: Tensor | None,
     x: Tensor,
     weight: Tensor,
+    has_bias: bool,
     eps: float,
     dtype: torch.dtype,
     branch_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients: in `dtype`, the same in `branch_dtype`, and of weight and bias (2, D) float32.
+    """Gradients: in `dtype`, the same in `branch_dtype`, and of the parameters in float32.
 
-    `x` is what was normalised and `dtotal` its gradient from elsewhere, all (R, D).
+    Those are of weight and bias, (2, D), or of the weight, (1, D). `x` is what was normalised and
+    `dtotal` its gradient from elsewhere, all (R, D).
     """
     rows, size = x.shape
     dx = torch.empty((rows, size), dtype=dtype, device=x.device)
     apart = dtype != branch_dtype
     dbranch = torch.empty_like(dx, dtype=branch_dtype) if apart else dx
+    count = 2 if has_bias else 1
     if dx.numel() == 0:
-        return dx, dbranch, weight.new_zeros((2, size), dtype=torch.float32)
+        return dx, dbranch, weight.new_zeros((count, size), dtype=torch.float32)
     dout, x, dtotal = adjacent(dout), adjacent(x), None if dtotal is None else adjacent(dtotal)
     block_r, block_d, warps = _tile(rows, size)
     tiles = ceil_div(rows, block_r)
-    # every program writes two rows of sums, which are read again
+    # every program writes a row of sums or two, which are read again
     each = max(min(EACH, tiles), ceil_div(tiles, PROGRAMS * processors(x.device)))
     programs = ceil_div(tiles, each)
-    dparams = torch.empty((programs, 2, size), dtype=torch.float32, device=x.device)
+    dparams = torch.empty((programs, count, size), dtype=torch.float32, device=x.device)
     with on_device(x):
         _backward_kernel[(programs,)](
             dout,
@@ -207,6 +223,7 @@ def backward(
             eps,
             HAS_TOTAL=dtotal is not None,
             HAS_BRANCH=apart,
+            HAS_BIAS=has_bias,
             BLOCK_R=block_r,
             BLOCK_D=block_d,
             num_warps=warps,
