@@ -140,7 +140,7 @@ def test_convolution_long_spans(
             dtype=torch.float32,
             device=device,
         )
-        spans = [conv_kernels._grid(inputs["x"], 4, p).span for p in PACES]
+        spans = [conv_kernels.grid_of(inputs["x"], 4, p).span for p in PACES]
         assert spans == [32, 76]
         options = {"activation": "silu", "reverse": reverse, "cu_seqlens": cu, **ALL}
         compare(assert_near, causal_conv1d, conv_ref, inputs, **options)

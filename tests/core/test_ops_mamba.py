@@ -1,8 +1,9 @@
 """The Mamba block as one operator: it computes what its parts compute, and keeps less."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from scanweave.core import create_mixer
 from scanweave.core.mixers import mamba
+from scanweave.core.ops.conv import pair
 from scanweave.core.ops.mamba.gate_kernel import gate
 
 Check = Callable[..., None]
@@ -196,6 +198,40 @@ def test_compiles_whole(assert_near: Check):
 def device() -> str:
     """The interpreter reads and writes memory of the CPU."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("packed", [False, True])
+def test_directions_convolve_in_one_launch(
+    monkeypatch: pytest.MonkeyPatch, assert_near: Check, packed: bool
+):
+    mixer = build({"d_state": 2, "expand": 1}, torch.float32).to(device())
+    x = torch.randn(1 if packed else 2, 13, 8, device=device(), requires_grad=True)
+    ends = torch.tensor([0, 4, 4, 13], dtype=torch.int32, device=device())
+    cu_seqlens = ends if packed else None
+    with ExitStack() as stack:
+        forward, backward = (
+            stack.enter_context(mock.patch.object(pair, name, wraps=getattr(pair, name)))
+            for name in ("pair_forward", "pair_backward")
+        )
+        found = run(mixer, x, cu_seqlens)
+    # the backward convolves anew
+    assert (forward.call_count, backward.call_count) == (2, 1)
+    with in_parts(monkeypatch):
+        wanted = run(mixer, x, cu_seqlens)
+    for actual, expected in zip(found, wanted, strict=True):
+        assert_near(actual, expected)
+
+
+def test_projections_are_written_in_place():
+    """Products of all directions go into one tensor, which is not stacked from copies."""
+    mixer = build({}, torch.float32)
+    x = torch.randn(2, 7, 8, requires_grad=True)
+    wanted = run(mixer, x)
+    with mock.patch.object(torch, "stack", side_effect=AssertionError):
+        found = run(mixer, x)
+    for actual, expected in zip(found, wanted, strict=True):
+        assert torch.equal(actual, expected)
 
 
 @pytest.mark.interpret

@@ -19,7 +19,7 @@ MAX_WIDTH = 8
 MOST_PARTS = 1024
 
 
-class _Pace(NamedTuple):
+class Pace(NamedTuple):
     """Rows loaded at once, shortest and longest span, and programs a multiprocessor to reach."""
 
     rows: int
@@ -30,11 +30,11 @@ class _Pace(NamedTuple):
 
 # H200, B128 L197 D768, bfloat16: forward 28 us in spans of up to 32 steps, 32 of 64; backward 42 in
 # one wave of programs, 53 in two
-FORWARD = _Pace(8, 8, 32, 16)
-BACKWARD = _Pace(4, 16, 100, 12)
+FORWARD = Pace(8, 8, 32, 16)
+BACKWARD = Pace(4, 16, 100, 12)
 
 
-class _Grid(NamedTuple):
+class Grid(NamedTuple):
     """How tokens and channels are cut: steps a program, and blocks of both."""
 
     span: int
@@ -43,21 +43,25 @@ class _Grid(NamedTuple):
     block_d: int
 
 
-def _grid(x: Tensor, width: int, pace: _Pace) -> _Grid:
-    """Even spans, as long as still leaves enough programs to hide the memory."""
+def grid_of(x: Tensor, width: int, pace: Pace, more: int = 0, widest: int = 128) -> Grid:
+    """Even spans, as long as still leaves enough programs to hide the memory.
+
+    `more` are steps that are no tokens, `widest` is the most channels of a block.
+    """
     batch, tokens, dim = x.shape
+    tokens += more
     # channels a thread: 4, or 2 where half of the last block would be empty, or registers short
     block_d = 64 if 0 < dim % 128 <= 64 or width > 6 else 128
-    block_d = min(block_d, power_of_2(dim))
+    block_d = min(block_d, widest, power_of_2(dim))
     blocks_d = ceil_div(dim, block_d)
     wanted = pace.programs * processors(x.device) // max(batch * blocks_d, 1)
     most = max(ceil_div(tokens, pace.shortest), 1)
     blocks_l = min(max(ceil_div(tokens, pace.longest), wanted, 1), most)
     span = ceil_div(ceil_div(tokens, blocks_l), pace.rows) * pace.rows
-    return _Grid(span, ceil_div(tokens, max(span, 1)), blocks_d, block_d)
+    return Grid(span, ceil_div(tokens, max(span, 1)), blocks_d, block_d)
 
 
-def _sequences(cu_seqlens: Tensor | None, tokens: int) -> Tensor | None:
+def sequences_of(cu_seqlens: Tensor | None, tokens: int) -> Tensor | None:
     """The sequence of every token, (T,) int32."""
     if cu_seqlens is None:
         return None
@@ -82,7 +86,7 @@ def conv_forward(
     if y.numel() == 0:
         return y
     x = adjacent(x)
-    grid = _grid(x, weight.shape[1], FORWARD)
+    grid = grid_of(x, weight.shape[1], FORWARD)
     with on_device(x):
         forward_kernel[(batch * grid.blocks_l * grid.blocks_d,)](
             x,
@@ -90,7 +94,7 @@ def conv_forward(
             None if bias is None else adjacent(bias),
             None if state is None else state.contiguous(),
             None if cu_seqlens is None else cu_seqlens.contiguous(),
-            _sequences(cu_seqlens, tokens),
+            sequences_of(cu_seqlens, tokens),
             y,
             tokens,
             dim,
@@ -128,7 +132,7 @@ def conv_backward(
     """Gradients of x, weight and, where given, bias and state."""
     batch, tokens, dim = x.shape
     width = weight.shape[1]
-    grid = _grid(x, width, BACKWARD)
+    grid = grid_of(x, width, BACKWARD)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     parts = batch * grid.blocks_l
     if dx.numel() == 0:
@@ -144,7 +148,7 @@ def conv_backward(
             None if bias is None else adjacent(bias),
             None if state is None else state.contiguous(),
             None if cu_seqlens is None else cu_seqlens.contiguous(),
-            _sequences(cu_seqlens, tokens),
+            sequences_of(cu_seqlens, tokens),
             dy,
             dx,
             partial,

@@ -27,13 +27,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .. import conv, selective
+from .. import selective
 from ..checks import on_kernels, runs_now, without_autocast
+from ..conv.pair import convolve, gradients, untraced
 from ..inputs import told_apart
 from .gate_kernel import gate
 
 # whose operators are called below
-assert conv
 assert selective
 
 _lib = torch.library.Library("scanweave", "FRAGMENT")
@@ -55,20 +55,17 @@ _forward_op = _ops.mamba_block.default
 _backward_op = _ops.mamba_block_backward.default
 
 
-def _scan_inputs(
-    u: Tensor,
-    conv_weight: Tensor,
-    conv_bias: Tensor | None,
-    x_weight: Tensor,
-    dt_weight: Tensor,
-    cu_seqlens: Tensor | None,
-    reverse: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One direction's convolved inputs (B, L, E), r B C (B, L, R + 2 N) and time steps."""
-    settings = (None, cu_seqlens, conv_weight.shape[1] - 1, reverse, True)
-    values = _ops.short_conv(u, conv_weight, conv_bias, *settings)
-    projected = F.linear(values, x_weight)
-    return values, projected, F.linear(projected[..., : dt_weight.shape[1]], dt_weight)
+def _projections(values: list[Tensor], weights: list[Tensor]) -> Tensor:
+    """R B C of all directions, (K, B, L, R + 2 N)."""
+    first = values[0]
+    if not untraced(first):
+        return torch.stack([F.linear(v, w) for v, w in zip(values, weights, strict=True)])
+    # products write where a stack would copy them to
+    size = (len(values), *first.shape[:2], weights[0].shape[0])
+    projected = first.new_empty(size)
+    for v, w, out in zip(values, weights, projected, strict=True):
+        torch.mm(_rows(v), w.t(), out=_rows(out))
+    return projected
 
 
 def _parts(projected: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -103,22 +100,18 @@ def in_parts(
         xz = F.linear(x, in_weight, in_bias)
         u, z = xz.chunk(2, -1)
         biases = conv_bias or [None] * len(reverse)
-        found = [
-            _scan_inputs(u, w, b, w_x, w_dt, cu_seqlens, back)
-            for w, b, w_x, w_dt, back in zip(
-                conv_weight, biases, x_weight, dt_weight, reverse, strict=True
-            )
-        ]
-        values, projected, dt = (list(v) for v in zip(*found, strict=True))
+        values = convolve(u, conv_weight, biases, cu_seqlens, reverse)
+        projected = _projections(values, x_weight)
         rank = dt_weight[0].shape[1]
-        _, B, C = zip(*(_parts(p, rank) for p in projected), strict=True)
+        r, B, C = zip(*(_parts(p, rank) for p in projected.unbind(0)), strict=True)
+        dt = [F.linear(v, w) for v, w in zip(r, dt_weight, strict=True)]
         inputs = (values, dt, A, list(B), list(C), D, dt_bias, [])
         y_out, y, _, kept = _ops.selective_scan(*inputs, z, cu_seqlens, reverse, True, training)
         out = F.linear(y_out, out_weight, out_bias)
         if not training:
             none = [x.new_empty(0) for _ in range(4)]
             return out, none[0], none[1], none[2], none[3]
-        return out, xz, torch.stack(projected), y, kept
+        return out, xz, projected, y, kept
 
 
 def _gated(y: Tensor, z: Tensor) -> Tensor:
@@ -161,12 +154,9 @@ def _backward(
         dout_weight = _rows(dout).t() @ _rows(_gated(y, z))
         dy = dout @ out_weight
         r, B, C = zip(*(_parts(p, rank) for p in projected.unbind(0)), strict=True)
-        values, dt = [], []
-        for k in range(count):
-            w, b = conv_weight[k], conv_bias[k] if conv_bias else None
-            settings = (None, cu_seqlens, w.shape[1] - 1, reverse[k], True)
-            values.append(_ops.short_conv(u, w, b, *settings))
-            dt.append(F.linear(r[k], dt_weight[k]))
+        biases = conv_bias or [None] * count
+        values = convolve(u, conv_weight, biases, cu_seqlens, reverse)
+        dt = [F.linear(v, w) for v, w in zip(r, dt_weight, strict=True)]
         inputs = (values, dt, A, list(B), list(C), D, dt_bias, [])
         settings = (z, cu_seqlens, reverse, True, y, checkpoints)
         grads = _ops.selective_scan_backward(dy, None, *inputs, *settings)
@@ -175,20 +165,16 @@ def _backward(
             grads[i : i + count] for i in range(0, 7 * count, count)
         )
         dz = grads[-1]
-        du, dconv_weight, dconv_bias, dx_weight, ddt_weight = None, [], [], [], []
+        dvs, dx_weight, ddt_weight = [], [], []
         for k in range(count):
             dr = ddt[k] @ dt_weight[k]
             ddt_weight.append(_rows(ddt[k]).t() @ _rows(r[k]))
             dprojected = _rows(torch.cat([dr, dB[k].flatten(2), dC[k].flatten(2)], -1))
             dx_weight.append(dprojected.t() @ _rows(values[k]))
-            dv = _rows(dvalues[k]).addmm_(dprojected, x_weight[k]).view(values[k].shape)
-            w, b = conv_weight[k], conv_bias[k] if conv_bias else None
-            settings = (None, cu_seqlens, w.shape[1] - 1, reverse[k], True)
-            dk, dw, *db = _ops.short_conv_backward(dv, u, w, b, *settings)
-            du = dk if du is None else du.add_(dk)
-            dconv_weight.append(dw)
-            dconv_bias += db
-        assert du is not None
+            dv = _rows(dvalues[k]).addmm_(dprojected, x_weight[k])
+            dvs.append(dv.view(values[k].shape))
+        del values
+        du, dconv_weight, dconv_bias = gradients(dvs, u, conv_weight, biases, cu_seqlens, reverse)
         # two products instead of one of du and dz side by side, which would have to be copied
         inner = z.shape[-1]
         dx = _rows(du) @ in_weight[:inner]
