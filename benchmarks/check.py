@@ -27,10 +27,11 @@ class CheckError(Exception):
 
 
 def output_gradient(op: Op, inputs: Inputs) -> Tensor:
-    """A random gradient of the output, which has the shape and dtype of the first input."""
+    """A random gradient of the output; each has the shape and dtype of the first input."""
     x = next(iter(inputs.tensors.values()))
     rng = torch.Generator(x.device).manual_seed(1)
-    return torch.randn(x.shape, generator=rng, device=x.device, dtype=x.dtype)
+    size = x.shape if op.outputs == 1 else (op.outputs, *x.shape)
+    return torch.randn(size, generator=rng, device=x.device, dtype=x.dtype)
 
 
 def exact(op: Op, inputs: Inputs, dout: Tensor) -> Exact:

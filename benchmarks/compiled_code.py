@@ -61,6 +61,7 @@ GUARDED = (
     ("sm_90", "bidirectional_selective_scan", "vim_s", "training"),
     ("sm_90", "path_selective_scan", "ss2d_56", "training"),
     ("sm_90", "causal_conv1d", "vim_s", "training"),
+    *(("sm_90", "bidirectional_conv", shape, "training") for shape in ("vim_s", "graph")),
     ("sm_90", "selective_scan_step", "step_b64", "inference"),
     ("sm_90", "causal_conv1d_step", "step_b64", "inference"),
     ("sm_90", "gated_linear_scan_step", "step_b64", "inference"),

@@ -56,6 +56,8 @@ class Op:
         work: Least bytes and exponentials, forward and backward; None for whole blocks, which are
             mostly matrix products.
         backward: Whether the op has gradients.
+        directions: Directions of a scan.
+        outputs: Outputs of the first input's shape; several are one tensor, (outputs, B, L, D).
     """
 
     name: str
@@ -65,6 +67,7 @@ class Op:
     work: Callable[[Shape, torch.dtype], tuple[Work, Work]] | None
     backward: bool = True
     directions: int = field(default=1)
+    outputs: int = field(default=1)
 
 
 class Draw:

@@ -17,6 +17,7 @@ from scanweave.core import (
 )
 from scanweave.core.ops.conv import causal_conv1d_ref
 
+from .conv_ops import PAIR_CONV
 from .floor import Work
 from .gated_ops import GATED_OPS
 from .inputs import BACK, WEIGHTS, Draw, Inputs, Op, direction
@@ -195,6 +196,7 @@ OPS: dict[str, Op] = {
         ),
         PATH_SCAN,
         Op("causal_conv1d", _make_conv, _run_conv, _exact_conv, _conv_work),
+        PAIR_CONV,
         Op(
             "selective_scan_step",
             *(_make_step, _run_step, _exact_step, _step_work),

@@ -261,6 +261,7 @@ PEERS: dict[str, tuple[Peer, ...]] = {
         Peer("fla", "fla_core", _fla_conv),
         Peer("torch", "torch", _torch_conv),
     ),
+    "bidirectional_conv": (),
     "selective_scan_step": (
         Peer("mamba_ssm", "mamba_ssm", _state_update("selective_state_update", True)),
         Peer("mamba_ssm loop", "mamba_ssm", _state_update("selective_state_update_ref", False)),

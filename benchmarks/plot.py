@@ -23,6 +23,7 @@ SHORT = {
     "path_selective_scan": "four paths",
     "selective_scan_step": "step",
     "causal_conv1d": "convolution",
+    "bidirectional_conv": "convolutions, both directions",
     "causal_conv1d_step": "convolution, step",
     "gated_linear_scan_step": "SSD, step",
     "ssd": "SSD",

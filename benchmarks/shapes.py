@@ -133,6 +133,10 @@ SHAPES: dict[str, dict[str, tuple[Shape, ...]]] = {
         "cuda": _stateless(VIM, LM, GRAPH, RL),
         "cpu": _stateless(VIM_CPU, LM_CPU, RL, GRAPH_CPU),
     },
+    "bidirectional_conv": {
+        "cuda": _stateless(VIM, GRAPH),
+        "cpu": _stateless(VIM_CPU, GRAPH_CPU),
+    },
     "selective_scan_step": {"cuda": STEPS, "cpu": STEPS[:3:2]},
     "causal_conv1d_step": {"cuda": _stateless(*STEPS), "cpu": _stateless(*STEPS[:3:2])},
     "gated_linear_scan_step": {"cuda": SSD_STEPS, "cpu": SSD_STEPS[:2]},

@@ -165,6 +165,8 @@ def test_kernels_are_sorted():
         ("nvjet_tst_128x256", "aten::mm"): "matmul",
         ("_forward_kernel", "scanweave::selective_scan"): "scan",
         ("forward_kernel", "scanweave::short_conv"): "conv",
+        ("conv_pair_kernel", "scanweave::mamba_block"): "conv",
+        ("conv_pair_backward_kernel", "scanweave::mamba_block_backward"): "conv",
         ("void selective_scan_fwd_kernel<...>", "MambaInnerFnNoOutProj"): "scan",
         ("void causal_conv1d_fwd_kernel<...>", ""): "conv",
         ("_layer_norm_fwd_1pass_kernel", "LayerNormFn"): "norm",
