@@ -1,13 +1,11 @@
-"""One residual layer around a sequence mixer, and its norm.
+"""One residual layer around a sequence mixer.
 
     x <- x + drop_path(mixer(rms_norm(x)))
     x <- x + drop_path(mlp(rms_norm(x)))      only where an MLP is asked for
 
 Letters: B batch, L tokens, D channels, E inner channels, N state, R rank of dt, W taps.
 
-    at_least_float32   what the residual stream is kept in
-    RmsNorm            float32 inside, whatever comes in
-    MixerBlock         the layer
+    MixerBlock   the layer
 """
 # timm.layers exports its names without saying so to type checkers
 # pyright: reportPrivateImportUsage=false
@@ -18,33 +16,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, Mlp, register_notrace_function, register_notrace_module
+from timm.layers import DropPath, Mlp, register_notrace_module
 from torch import Tensor, nn
 from torch._jit_internal import is_scripting
 
 from scanweave.core import create_mixer
-from scanweave.core.ops.norm.cast import rms_norm_cast
 
-from .layer_norm import LayerNorm
+from .norms import LayerNorm, RmsNorm, add_and_norm, at_least_float32
 from .scripting import quasi_separable, scan_in_steps
-
-
-# a leaf for torch.fx: the target dtype is known only when it runs
-@torch.fx.wrap
-@register_notrace_function
-def at_least_float32(x: Tensor) -> Tensor:
-    """`x` in float32, or as it is where that is wider."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-class RmsNorm(nn.RMSNorm):
-    """RMS norm over channels, computed in float32 or wider, returned in the weight's dtype."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise the last axis of `x` (..., D), of any floating dtype."""
-        x = at_least_float32(x)
-        y = F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
-        return y.to(self.weight.dtype)
 
 
 class MixerBlock(nn.Module):
@@ -74,13 +53,13 @@ class MixerBlock(nn.Module):
     ) -> None:
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.norm = RmsNorm(dim, eps=norm_eps, **dd)
+        self.norm = RmsNorm(dim, norm_eps, **dd)
         if isinstance(mixer, str):
             mixer = create_mixer(mixer, dim, **(mixer_args or {}), **dd)
         self.mixer: Any = mixer
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.has_mlp = mlp_ratio > 0
-        self.norm2 = RmsNorm(dim, eps=norm_eps, **dd) if self.has_mlp else nn.Identity()
+        self.norm2 = RmsNorm(dim, norm_eps, **dd) if self.has_mlp else nn.Identity()
         self.mlp = Mlp(dim, int(mlp_ratio * dim), **dd) if self.has_mlp else nn.Identity()
         # TorchScript cannot compile the forward of mixers and their parts, see _scripted_mixer; it
         # can that of norms, which other models script
@@ -139,30 +118,35 @@ class MixerBlock(nn.Module):
         Returns:
             (B, L, D), in the dtype of `x` or wider.
         """
-        y = self.norm(x) if is_scripting() else self._normed(self.norm, x)
+        x, y = self.with_branch(x, None, order, inverse)
+        return x + y
+
+    def with_branch(
+        self,
+        x: Tensor,
+        pending: Tensor | None,
+        order: Tensor | None = None,
+        inverse: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The stream and what is still to be added to it, of the same two before this layer."""
+        if is_scripting() or pending is None:
+            y = self.norm(x)
+        else:
+            x, y = add_and_norm(x, pending, self.norm)
         if order is not None:
             y = y.index_select(1, order)
         y = self._scripted_mixer(y) if is_scripting() else self.mixer(y)
         if inverse is not None:
             y = y.index_select(1, inverse)
-        x = x + self.drop_path(y)
+        y = self.drop_path(y)
         if self.has_mlp:
-            y = self.norm2(x) if is_scripting() else self._normed(self.norm2, x)
-            x = x + self.drop_path(self.mlp(y))
-        return x
-
-    @torch.jit.unused
-    def _normed(self, norm: nn.Module, x: Tensor) -> Tensor:
-        """The norm, under autocast in the dtype to which the next projection would round it."""
-        # a norm that somebody put in its place, or watches, is called
-        plain = type(norm) is RmsNorm and not (norm._forward_hooks or norm._forward_pre_hooks)
-        if not plain or x.dtype == torch.float64 or x.is_meta:
-            return norm(x)
-        if not torch.is_autocast_enabled(x.device.type):
-            return norm(x)
-        assert isinstance(norm, RmsNorm)
-        eps = 1e-5 if norm.eps is None else norm.eps
-        return rms_norm_cast(x, norm.weight, eps, torch.get_autocast_dtype(x.device.type))
+            if is_scripting():
+                x = x + y
+                y = self.norm2(x)
+            else:
+                x, y = add_and_norm(x, y, self.norm2)
+            y = self.drop_path(self.mlp(y))
+        return x, y
 
     def _scripted_mixer(self, x: Tensor) -> Tensor:
         """The mixer for TorchScript, which compiles only the branch whose names exist.

@@ -30,7 +30,7 @@ from torch._jit_internal import is_scripting
 
 from scanweave.core.ops.checks import autocast_dtype, is_real
 
-from .layer_norm import is_watched
+from .norms import is_watched
 
 ClassPosition = Literal["middle", "first", "last"]
 

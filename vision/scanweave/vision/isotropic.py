@@ -17,9 +17,10 @@ from timm.layers import lecun_normal_, trunc_normal_
 from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
-from .block import MixerBlock, RmsNorm, at_least_float32, is_scripting
+from .block import MixerBlock, is_scripting
 from .embed import ClassPosition, PatchEmbed, class_rows, insert_tokens, resample_pos_embed
 from .local import LocalMamba
+from .norms import RmsNorm, add_and_norm, at_least_float32
 from .paths import dynamic_orders, token_orders
 from .rotary import RotaryPositions
 from .tokens import TokenModel
@@ -217,7 +218,7 @@ class IsotropicModel(TokenModel):
             )
         )
         self._set_grids()
-        self.norm_f = RmsNorm(embed_dim, eps=norm_eps, **dd)
+        self.norm_f = RmsNorm(embed_dim, norm_eps, False, **dd)
         reduction = self.patch_embed.feat_ratio()
         self.feature_info = [
             {"module": f"layers.{i}", "num_chs": embed_dim, "reduction": reduction}
@@ -371,6 +372,10 @@ class IsotropicModel(TokenModel):
             x = at_least_float32(x)
         return self.pos_drop(x)
 
-    def _normed(self, x: Tensor) -> Tensor:
+    def _normed(self, x: Tensor, pending: Tensor | None = None) -> Tensor:
+        if is_scripting() or pending is None:
+            x = self.norm_f(x)
+        else:
+            x = add_and_norm(x, pending, self.norm_f)[1]
         # also after pruning, when norm_f is an identity, features leave in the model's dtype
-        return self.norm_f(x).to(self.patch_embed.proj.weight.dtype)
+        return x.to(self.patch_embed.proj.weight.dtype)

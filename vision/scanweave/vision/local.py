@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from scanweave.core import causal_conv1d, create_mixer, selective_scan
 
-from .layer_norm import LayerNorm
+from .norms import LayerNorm
 from .scan_matrix import ScanMatrix
 
 _NAME = re.compile(r"(h|v|w([1-9]\d*))(_flip)?")

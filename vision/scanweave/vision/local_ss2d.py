@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 from scanweave.core import selective_scan
 
-from .block import at_least_float32
 from .local import ChannelAttention, local_order, window_side
+from .norms import at_least_float32
 from .scan_matrix import ScanMatrix
 from .ss2d import SS2D, Gate, GridPaths
 

@@ -29,8 +29,7 @@ from torch._jit_internal import is_scripting
 
 from scanweave.core import grid_paths, path_selective_scan
 
-from .block import at_least_float32
-from .layer_norm import LayerNorm
+from .norms import LayerNorm, at_least_float32
 from .scan_matrix import ScanMatrix
 
 Gate = Literal["none", "silu", "linear"]

@@ -14,8 +14,11 @@ from timm.models import checkpoint
 from timm.models._features import feature_take_indices
 from torch import Tensor, _assert, nn
 
-from .block import RmsNorm, is_scripting
+from scanweave.core.ops.norm.cast import runs_kernels
+
+from .block import MixerBlock, is_scripting
 from .embed import PatchEmbed, class_rows, pool_tokens, split_tokens
+from .norms import RmsNorm, is_watched
 
 _POOLS = ("", "token", "avg", "max", "avgmax")
 
@@ -55,7 +58,7 @@ class TokenModel(nn.Module):
 
         def _orders(self, height: int, width: int) -> Tensor | None: ...
 
-        def _normed(self, x: Tensor) -> Tensor: ...
+        def _normed(self, x: Tensor, pending: Tensor | None = None) -> Tensor: ...
 
     def _checked_pool(self, global_pool: str) -> str:
         if global_pool not in _POOLS:
@@ -81,7 +84,7 @@ class TokenModel(nn.Module):
             self.head_hidden_size = width * self.num_prefix_tokens
             if self.register_reduce > 1:
                 self.neck = nn.Linear(self.embed_dim, width, bias=False, **dd)
-                self.norm_neck = RmsNorm(self.head_hidden_size, eps=self.norm_eps, **dd)
+                self.norm_neck = RmsNorm(self.head_hidden_size, self.norm_eps, False, **dd)
         self.neck.train(self.training)
         self.norm_neck.train(self.training)
 
@@ -162,7 +165,7 @@ class TokenModel(nn.Module):
         grid = self.patch_embed.grid_of(x)
         batch = x.shape[0]
         x = self._embed(x)
-        x, taken = self._run(x, grid[0], grid[1], take, last if stop_early else -1)
+        x, pending, taken = self._run(x, grid[0], grid[1], take, last if stop_early else -1)
         dtype = self.patch_embed.proj.weight.dtype
         streams: list[Tensor] = [self._normed(y) if norm else y.to(dtype) for y in taken]
 
@@ -182,13 +185,17 @@ class TokenModel(nn.Module):
             streams = list(zip(streams, prefix, strict=True))  # type: ignore[assignment]
         if intermediates_only:
             return streams
-        return self._normed(x), streams
+        return self._normed(x, pending), streams
 
     def _run(
         self, x: Tensor, height: int, width: int, take: list[int], last: int
-    ) -> tuple[Tensor, list[Tensor]]:
-        """The stream after all layers, or after layer `last` if it is not -1; those of `take`."""
+    ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+        """The stream after all layers, or after layer `last` if it is not -1; those of `take`.
+
+        Between the two is what is still to be added to the first, which a norm does on a GPU.
+        """
         streams: list[Tensor] = []
+        pending: Tensor | None = None
         orders = self._orders(height, width)
         if orders is not None:
             _assert(orders.shape[2] == x.shape[1], "image must be of img_size; see set_input_size")
@@ -207,11 +214,32 @@ class TokenModel(nn.Module):
                 x = self.rope(x)
             if self.grad_checkpointing and not is_scripting():
                 x = checkpoint(layer, x, order, inverse)
-            else:
+            elif is_scripting():
                 x = layer(x, order, inverse)
+            else:
+                x, pending = self._chained(layer, x, pending, order, inverse)
             if i in take:
+                if pending is not None:
+                    x = x + pending
+                    pending = None
                 streams.append(x)
-        return x, streams
+        return x, pending, streams
+
+    @torch.jit.unused
+    def _chained(
+        self,
+        layer: nn.Module,
+        x: Tensor,
+        pending: Tensor | None,
+        order: Tensor | None,
+        inverse: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The stream and what is still to be added to it; on a GPU the next norm makes the sum."""
+        # positions that turn before every layer need the sum
+        leaves = runs_kernels(x) and not self.has_rope
+        if leaves and type(layer) is MixerBlock and not is_watched(layer):
+            return layer.with_branch(x, pending, order, inverse)
+        return layer(x if pending is None else x + pending, order, inverse), None
 
     @torch.jit.unused
     def prune_intermediate_layers(
@@ -242,7 +270,8 @@ class TokenModel(nn.Module):
         """Normed features (B, L, D), the class token among them, of images (B, C, H, W)."""
         grid = self.patch_embed.grid_of(x)
         nothing: list[int] = []
-        return self._normed(self._run(self._embed(x), grid[0], grid[1], nothing, -1)[0])
+        x, pending, _ = self._run(self._embed(x), grid[0], grid[1], nothing, -1)
+        return self._normed(x, pending)
 
     def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
         """Features (B, L, D) to (B, D), or as they are for ""; registers to (B, n D / r)."""

@@ -27,8 +27,8 @@ from torch._jit_internal import is_scripting
 
 from scanweave.core.ops.norm.cast import runs_kernels
 
-from .layer_norm import LayerNorm, add_and_norm, is_watched
 from .local_ss2d import LocalPaths, LocalSS2D
+from .norms import LayerNorm, add_and_norm, is_watched
 from .ss2d import SS2D, GridPaths
 
 StemVersion = Literal["v1", "v2"]

@@ -1,4 +1,4 @@
-"""The norm of VMamba: names and behaviour of PyTorch's, and one launch where kernels run."""
+"""The norms: names and behaviour of PyTorch's, and one launch where kernels run."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import scanweave.vision  # noqa: F401  (registers the models)
 from scanweave.core.ops.norm import cast_kernels
-from scanweave.vision import layer_norm
-from scanweave.vision.layer_norm import LayerNorm, add_and_norm
+from scanweave.vision import norms
+from scanweave.vision.norms import LayerNorm, RmsNorm, add_and_norm, at_least_float32
 
 
 def tiny(**arguments: Any) -> Any:
@@ -27,7 +27,7 @@ def device() -> str:
 
 def as_pytorch() -> Any:
     """PyTorch's own operators in the place of the kernel."""
-    return mock.patch.object(layer_norm, "runs_kernels", return_value=False)
+    return mock.patch.object(norms, "runs_kernels", return_value=False)
 
 
 def away(actual: Tensor, expected: Tensor) -> float:
@@ -55,6 +55,27 @@ def test_is_pytorchs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(total, x + branch)
     assert torch.equal(y, theirs.float()(x + branch))
     assert LayerNorm(6, dtype=torch.float64, device="meta").weight.dtype == torch.float64
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32])
+def test_norm_is_computed_in_float32(dtype: torch.dtype, weight_dtype: torch.dtype) -> None:
+    """From any input dtype; large float16 values do not overflow when squared."""
+    norm = RmsNorm(16, eps=1e-5, dtype=weight_dtype)
+    torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
+    x = (300 * torch.randn(2, 3, 16)).to(dtype)
+    out = norm(x)
+    assert out.dtype == weight_dtype
+    wide = x.double()
+    expected = wide * (wide.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * norm.weight.double()
+    limit = 8e-3 if weight_dtype == torch.bfloat16 else 1e-6
+    assert (out.double() - expected).abs().max() < limit * expected.abs().max()
+
+
+def test_at_least_float32() -> None:
+    """Widens, never narrows."""
+    assert at_least_float32(torch.zeros(1, dtype=torch.bfloat16)).dtype == torch.float32
+    assert at_least_float32(torch.zeros(1, dtype=torch.float64)).dtype == torch.float64
 
 
 def test_every_norm_of_a_model_is_ours() -> None:
@@ -113,6 +134,31 @@ def test_dtypes_under_autocast() -> None:
     torch.testing.assert_close(norm(x), F.layer_norm(x, (8,), norm.weight, norm.bias, 1e-5))
 
 
+@pytest.mark.interpret
+@pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32])
+def test_rms_norm_is_one_launch(weight_dtype: torch.dtype) -> None:
+    """Of any stream; the result has the weight's dtype, and autocast's where it is rounded."""
+    norm = RmsNorm(8, dtype=weight_dtype, device=device())
+    x = torch.randn(2, 3, 8, device=device())
+    branch = torch.randn(2, 3, 8, device=device()).bfloat16()
+    with mock.patch.object(cast_kernels, "forward", wraps=cast_kernels.forward) as launched:
+        y = norm(x)
+        total, z = add_and_norm(x, branch, norm)
+        # a branch wider than the stream makes the stream wider
+        wide = add_and_norm(branch, x, norm)
+    assert launched.call_count == 3
+    assert y.dtype == z.dtype == weight_dtype
+    assert total.dtype == wide[0].dtype == torch.float32
+    wanted = F.rms_norm(x + branch, (8,), eps=1e-5)
+    assert torch.equal(total, x + branch)
+    assert away(z, wanted) < 6e-3
+    assert away(wide[1], wanted) < 6e-3
+    with torch.autocast(device(), torch.bfloat16):
+        assert norm(x).dtype == add_and_norm(x, branch, norm)[1].dtype == torch.bfloat16
+        norm.rounded = False
+        assert norm(x).dtype == add_and_norm(x, branch, norm)[1].dtype == weight_dtype
+
+
 class _Double(nn.Module):
     """Quick in the place of a mixer."""
 
@@ -142,7 +188,7 @@ def test_watched_and_foreign_modules_are_called() -> None:
     second.register_full_backward_hook(lambda *_: seen.append("backward"))
     third.forward = mock.Mock(side_effect=third.forward)
     fourth.compile(backend="eager", disable=True)
-    assert layer_norm.is_watched(fourth)
+    assert norms.is_watched(fourth)
     y = chain(x)
     torch.testing.assert_close(y, expected)
     y.sum().backward()
