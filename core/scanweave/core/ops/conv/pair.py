@@ -22,12 +22,12 @@ from .kernels import MAX_WIDTH, MOST_PARTS, Pace, grid_of, sequences_of
 from .pair_backward_kernel import conv_pair_backward_kernel, conv_pair_sum_kernel
 from .pair_kernel import conv_pair_kernel
 
-# Spans have yet to be measured. Registers for 4 taps, sm_90: forward 128, so that 16 programs fit;
+# Spans have yet to be measured. Registers for 4 taps, sm_90: forward 127, so that 16 programs fit;
 # backward 166 with 2 channels a thread (255 with 4), so that 12 fit, and one wave of them does for
 # B128 D768
 FORWARD = Pace(8, 8, 40, 16)
 BACKWARD = Pace(8, 16, 256, 12)
-# sequences of tokens are compared row by row, in registers: 179 with 4 rows, 255 with 8
+# sequences of tokens are compared row by row: 177 registers with 4 rows, 255 with 8
 PACKED_BACKWARD = Pace(4, 16, 256, 11)
 Biases = Sequence[Tensor | None]
 

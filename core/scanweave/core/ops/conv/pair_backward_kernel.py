@@ -54,7 +54,7 @@ def last_of(rows, FROM: tl.constexpr, COUNT: tl.constexpr):
     return found
 
 
-# one compilation serves all lengths
+# one compilation serves all lengths; widths are constants, so that rows need no addresses computed
 @triton.jit(do_not_specialize=["tokens", "span", "blocks_l", "blocks_d"])
 def conv_pair_backward_kernel(
     x_ptr,
@@ -68,16 +68,16 @@ def conv_pair_backward_kernel(
     dx_ptr,
     partial_ptr,  # (programs / blocks_d, 2, W + HAS_BIAS, D)
     tokens,
-    dim,
+    dim: tl.constexpr,
     span,
     blocks_l,
     blocks_d,
     stride_xb,
-    stride_xl,
+    stride_xl: tl.constexpr,
     stride_yb,
-    stride_yl,
+    stride_yl: tl.constexpr,
     stride_rb,
-    stride_rl,
+    stride_rl: tl.constexpr,
     WIDTH: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     PACKED: tl.constexpr,
@@ -133,8 +133,11 @@ def conv_pair_backward_kernel(
         owners = ()
         behind = ()
         if PACKED:
-            behind = owners_of(sequence_ptr, first - (WIDTH - 1), tokens, 1, WIDTH - 1 + BLOCK_L)
-            owners = owners_of(sequence_ptr, first, tokens, 1, BLOCK_L + WIDTH - 1)
+            # those of the steps first - (W - 1) .. first + BLOCK_L - 1 + W - 1
+            behind = owners_of(
+                sequence_ptr, first - (WIDTH - 1), tokens, 1, BLOCK_L + 2 * WIDTH - 2
+            )
+            owners = last_of(behind, WIDTH - 1, BLOCK_L + WIDTH - 1)
         known = before
         known_r = before_r
         for i in tl.static_range(BLOCK_L):

@@ -79,7 +79,7 @@ def weighted(near, taps, bias, WIDTH: tl.constexpr):
     return c
 
 
-# one compilation serves all lengths
+# one compilation serves all lengths; widths are constants, so that rows need no addresses computed
 @triton.jit(do_not_specialize=["tokens", "span", "blocks_l", "blocks_d"])
 def conv_pair_kernel(
     x_ptr,
@@ -91,12 +91,12 @@ def conv_pair_kernel(
     y_ptr,
     y_r_ptr,
     tokens,
-    dim,
+    dim: tl.constexpr,
     span,
     blocks_l,
     blocks_d,
     stride_xb,
-    stride_xl,
+    stride_xl: tl.constexpr,
     WIDTH: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     PACKED: tl.constexpr,
