@@ -102,7 +102,10 @@ def compiled_as(launch: compiled_code.Launch) -> tuple[object, ...]:
     return tuple(kinds)
 
 
-OPS_OF_ROWS = ["selective_scan", "causal_conv1d", "linear_scan", "wkv", "gated_linear_attention"]
+OPS_OF_ROWS = [
+    *("selective_scan", "causal_conv1d", "bidirectional_conv", "linear_scan", "wkv"),
+    "gated_linear_attention",
+]
 
 
 @pytest.mark.parametrize("op", OPS_OF_ROWS)

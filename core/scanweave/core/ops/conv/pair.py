@@ -23,7 +23,7 @@ from .pair_backward_kernel import conv_pair_backward_kernel, conv_pair_sum_kerne
 from .pair_kernel import conv_pair_kernel
 
 # Spans have yet to be measured. Registers for 4 taps, sm_90: forward 127, so that 16 programs fit;
-# backward 166 with 2 channels a thread (255 with 4), so that 12 fit, and one wave of them does for
+# backward 168 with 2 channels a thread (255 with 4), so that 12 fit, and one wave of them does for
 # B128 D768
 FORWARD = Pace(8, 8, 40, 16)
 BACKWARD = Pace(8, 16, 256, 12)
@@ -176,6 +176,7 @@ def pair_backward(
             WIDTH=width,
             HAS_BIAS=has_bias,
             PACKED=cu_seqlens is not None,
+            WHOLE=grid.blocks_l == 1,
             BLOCK_L=pace.rows,
             BLOCK_D=grid.block_d,
             num_warps=1,

@@ -81,6 +81,7 @@ def conv_pair_backward_kernel(
     WIDTH: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     PACKED: tl.constexpr,
+    WHOLE: tl.constexpr,  # one span is all tokens
     BLOCK_L: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -148,8 +149,9 @@ def conv_pair_backward_kernel(
             known = known + (dc,)
             known_r = known_r + (dc_r,)
             # outputs that are not there have no gradient, so that no end needs a mask
-            dc = tl.where(step >= counted, dc, 0.0)
-            dc_r = tl.where(step >= counted, dc_r, 0.0)
+            if not WHOLE:
+                dc = tl.where(step >= counted, dc, 0.0)
+                dc_r = tl.where(step >= counted, dc_r, 0.0)
             dbias += dc
             dbias_r += dc_r
             dtaps = added(dtaps, dc, near, WIDTH)
