@@ -40,6 +40,7 @@ def off(actual: Tensor, expected: Tensor) -> float:
 def _small_tiles(monkeypatch: pytest.MonkeyPatch):
     """Several tiles a program, and several programs."""
     monkeypatch.setattr(cast_kernels, "TILE", 256)
+    monkeypatch.setattr(cast_kernels, "BACKWARD_TILE", 256)
     monkeypatch.setattr(cast_kernels, "EACH", 2)
 
 

@@ -16,8 +16,11 @@ from torch import Tensor
 
 from ..launch import adjacent, ceil_div, on_device, power_of_2, processors
 
-# elements of a program's tile; programs a multiprocessor and the fewest tiles of one, backward
-TILE = 2048
+# elements of a program's tile and of a thread; the backward holds four values of each element.
+# H200, 25216 x 384 in float32 with a branch in bfloat16: backward 61 us, 71 by the forward's tiles
+TILE, THREAD = 2048, 16
+BACKWARD_TILE, BACKWARD_THREAD = 512, 8
+# programs a multiprocessor and the fewest tiles of one, backward
 PROGRAMS = 12
 EACH = 4
 
@@ -127,12 +130,11 @@ def _backward_kernel(
         tl.store(dparams_at + size, tl.sum(db, 0), mask=mask_d)
 
 
-def _tile(rows: int, size: int) -> tuple[int, int, int]:
+def _tile(rows: int, size: int, most: int, thread: int) -> tuple[int, int, int]:
     """BLOCK_R, BLOCK_D and warps."""
     block_d = power_of_2(size)
-    block_r = max(1, min(TILE // block_d, power_of_2(rows)))
-    # 16 elements a thread: the backward holds four values of each
-    return block_r, block_d, min(16, max(1, block_r * block_d // 512))
+    block_r = max(1, min(most // block_d, power_of_2(rows)))
+    return block_r, block_d, min(16, max(1, block_r * block_d // (32 * thread)))
 
 
 def forward(
@@ -152,7 +154,7 @@ def forward(
         total = torch.empty_like(out, dtype=torch.promote_types(x.dtype, branch.dtype))
     if out.numel() == 0:
         return total, out
-    block_r, block_d, warps = _tile(rows, size)
+    block_r, block_d, warps = _tile(rows, size, TILE, THREAD)
     with on_device(x):
         _forward_kernel[(ceil_div(rows, block_r),)](
             x,
@@ -199,7 +201,7 @@ def backward(
     if dx.numel() == 0:
         return dx, dbranch, weight.new_zeros((count, size), dtype=torch.float32)
     dout, x, dtotal = adjacent(dout), adjacent(x), None if dtotal is None else adjacent(dtotal)
-    block_r, block_d, warps = _tile(rows, size)
+    block_r, block_d, warps = _tile(rows, size, BACKWARD_TILE, BACKWARD_THREAD)
     tiles = ceil_div(rows, block_r)
     # every program writes a row of sums or two, which are read again
     each = max(min(EACH, tiles), ceil_div(tiles, PROGRAMS * processors(x.device)))
