@@ -1,9 +1,14 @@
 """What kernels of the selective scan do to their inputs first, and with sums found in part."""
 
+import weakref
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
+from scanweave.core import bidirectional_selective_scan
+from scanweave.core.ops.selective import backward
 from scanweave.core.ops.selective.kernels import Direction, prepare
 from scanweave.core.ops.selective.partials import add_partials
 
@@ -60,3 +65,29 @@ def test_partial_sums(blocks: int, state: int, rows: int, slots: int) -> None:
     assert bias_alone[3] is None
     assert bias_alone[4] is not None
     assert torch.equal(bias_alone[4], sum_D)
+
+
+@pytest.mark.interpret
+def test_partial_sums_of_one_direction_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the first are gone when the second's are made."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    seen: list[weakref.ref[Tensor]] = []
+
+    def adding(*args: Any) -> Any:
+        seen.extend(weakref.ref(v) for v in args[:3])
+        return add_partials(*args)
+
+    def beginning(inputs: Direction) -> Direction:
+        assert all(one() is None for one in seen)
+        return prepare(inputs)
+
+    monkeypatch.setattr(backward, "add_partials", adding)
+    monkeypatch.setattr(backward, "prepare", beginning)
+
+    def two(*shape: int) -> tuple[Tensor, ...]:
+        return tuple(torch.randn(*shape, device=device).requires_grad_() for _ in range(2))
+
+    B, C = two(1, 5, 1, 3), two(1, 5, 1, 3)
+    y = bidirectional_selective_scan(two(1, 5, 4), two(1, 5, 4), two(4, 3), B, C)
+    torch.autograd.grad(y.sum(), (*B, *C))
+    assert len(seen) == 6

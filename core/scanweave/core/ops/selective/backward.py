@@ -135,5 +135,7 @@ def backward(
                 )
         dtypes = given[2].dtype, given[3].dtype, given[4].dtype
         sums = add_partials(dA, dB, dC, dD, dbias, dtypes)
+        # not beside those of the next direction: as much as two activations where N is 16
+        del dA, dB, dC, dD, dbias, scratch
         grads.append(ScanGradients(dx, ddt, *sums, dh0))
     return grads, dz
