@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops.checks import exporting
 from ..ops.long_conv import diagonal_ssm, diagonal_ssm_step, fft_conv, ssm_kernel
 from .base import Mixer, State
 from .retention import places
@@ -66,12 +67,6 @@ def own_rate(*parameters: nn.Parameter) -> None:
     """Mark parameters of a kernel: no weight decay, and a learning rate of at most 1e-3."""
     for p in parameters:
         p._optim = {"lr_max": 1e-3, "weight_decay": 0.0}  # type: ignore[attr-defined]
-
-
-def exporting() -> bool:
-    """Whether a program for any length is being written."""
-    # what torch 2.6 lacks
-    return getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)()
 
 
 def transforms(mode: Mode, length: int, packed: bool) -> bool:

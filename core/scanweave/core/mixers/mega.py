@@ -27,10 +27,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.checks import computing_dtype
+from ..ops.checks import computing_dtype, exporting
 from ..ops.long_conv import diagonal_ssm, diagonal_ssm_step
 from .base import Mixer, State, register_mixer
-from .diagonal import Mode, Terms, both_directions, exporting, path
+from .diagonal import Mode, Terms, both_directions, path
 from .matrix_state import check_sizes, keep_from_decay
 from .retention import places
 

@@ -119,6 +119,12 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind)
 
 
+def exporting() -> bool:
+    """Whether a program for any length, and perhaps another runtime, is being written."""
+    # what torch 2.6 lacks
+    return getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)()
+
+
 def is_real(x: Tensor) -> bool:
     """Whether `x` is no stand-in of a compiler or tracer, and nothing is traced."""
     if torch.compiler.is_compiling() or type(x) not in _PLAIN:

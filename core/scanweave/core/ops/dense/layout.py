@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..checks import exporting
 from .op import chunk_layout
 
 
@@ -40,9 +41,8 @@ def lay_out(x: Tensor, cu_seqlens: Tensor | None, chunk: int, reverse: bool) -> 
         borders = torch.cat([first, end]).to(torch.int32)
         return Layout(slot, position, owner, first, cu_seqlens.diff().long(), borders)
     # in slots as packed ones, and not padded and cut, for which a compiler fixes lengths
-    exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)()
     # nor may an exporter ask whether there is one chunk; what is too many stays empty
-    each = length // chunk + 2 if exporting else (length + chunk - 1) // chunk
+    each = length // chunk + 2 if exporting() else (length + chunk - 1) // chunk
     rows, places = (torch.arange(n, device=x.device) for n in (batch, batch * each))
     tokens = torch.arange(length, device=x.device)
     if reverse:
