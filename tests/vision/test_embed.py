@@ -5,7 +5,9 @@ from typing import Any
 import pytest
 import torch
 from timm.layers import resample_abs_pos_embed
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from scanweave.vision import embed as code
 from scanweave.vision.embed import (
     PatchEmbed,
     class_index,
@@ -70,6 +72,23 @@ def test_product_is_the_convolution(
         y = half._projected(x.detach().float())
     assert y.dtype == torch.bfloat16
     torch.testing.assert_close(y.double(), wanted, rtol=0.02, atol=0.02)
+
+
+def test_where_the_product_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compilers see it for a GPU; programs that are written for other runtimes, tracers do not."""
+    module = _embed()
+    with FakeTensorMode():
+        x = torch.empty(2, 3, 32, 32, device="cuda")
+    assert not module._as_product(x)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    monkeypatch.setattr(code, "exporting", lambda: False)
+    assert module._as_product(x)
+    assert not module._as_product(torch.empty(2, 3, 32, 32))
+    hook = module.proj.register_forward_hook(lambda *_: None)
+    assert not module._as_product(x)
+    hook.remove()
+    monkeypatch.setattr(code, "exporting", lambda: True)
+    assert not module._as_product(x)
 
 
 @pytest.mark.gpu
