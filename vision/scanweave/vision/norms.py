@@ -7,6 +7,7 @@ Elsewhere (CPUs, float64, compilers, tracers, TorchScript) PyTorch's own operato
     LayerNorm          the module, VMamba's
     RmsNorm            the module, of Vim and others: float32 inside, whatever comes in
     add_and_norm       x + branch, and the norm of that
+    chained            a layer after which the sum is the next norm's to make
     at_least_float32   what a residual stream is kept in
     is_watched         whether a module has to be called as it is
 """
@@ -147,6 +148,24 @@ def add_and_norm(x: Tensor, branch: Tensor, norm: nn.Module) -> tuple[Tensor, Te
         return add_layer_norm_cast(x, branch, norm.weight, norm.bias, norm.eps, dtype)
     x = x + branch
     return x, norm(x)
+
+
+def chained(
+    layer: nn.Module, leaves: bool, x: Tensor, pending: Tensor | None, *rest: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """A stream and what is still to be added to it, after `layer`, of the same two before.
+
+    Args:
+        layer: Called with the stream and `rest`; if it `leaves` its last sum to others, and nobody
+            watches it, its `with_branch` is.
+        leaves: Whether `layer` has `with_branch` and sums are a norm's to make here.
+        x: Stream, (..., D).
+        pending: Its last branch, (..., D), or None if that is in the stream.
+        rest: Further arguments of the layer.
+    """
+    if leaves and not is_watched(layer):
+        return layer.with_branch(x, pending, *rest)  # type: ignore[operator]
+    return layer(x if pending is None else x + pending, *rest), None
 
 
 # leaves for torch.fx, so that traced models launch the kernel too

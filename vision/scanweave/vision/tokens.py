@@ -18,7 +18,7 @@ from scanweave.core.ops.norm.cast import runs_kernels
 
 from .block import MixerBlock, is_scripting
 from .embed import PatchEmbed, class_rows, pool_tokens, split_tokens
-from .norms import RmsNorm, is_watched
+from .norms import RmsNorm, chained
 
 _POOLS = ("", "token", "avg", "max", "avgmax")
 
@@ -236,10 +236,8 @@ class TokenModel(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """The stream and what is still to be added to it; on a GPU the next norm makes the sum."""
         # positions that turn before every layer need the sum
-        leaves = runs_kernels(x) and not self.has_rope
-        if leaves and type(layer) is MixerBlock and not is_watched(layer):
-            return layer.with_branch(x, pending, order, inverse)
-        return layer(x if pending is None else x + pending, order, inverse), None
+        leaves = runs_kernels(x) and not self.has_rope and type(layer) is MixerBlock
+        return chained(layer, leaves, x, pending, order, inverse)
 
     @torch.jit.unused
     def prune_intermediate_layers(

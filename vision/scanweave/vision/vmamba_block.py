@@ -28,7 +28,7 @@ from torch._jit_internal import is_scripting
 from scanweave.core.ops.norm.cast import runs_kernels
 
 from .local_ss2d import LocalPaths, LocalSS2D
-from .norms import LayerNorm, add_and_norm, is_watched
+from .norms import LayerNorm, add_and_norm, chained
 from .ss2d import SS2D, GridPaths
 
 StemVersion = Literal["v1", "v2"]
@@ -191,20 +191,16 @@ class _Blocks(nn.Sequential):
         x = input
         if not is_scripting():  # noqa: SIM102  (TorchScript leaves out a whole branch only)
             if runs_kernels(x):
-                return _chained(self, x)
+                return _all_chained(self, x)
         for block in self:
             x = block(x)
         return x
 
 
-def _chained(blocks: nn.Sequential, x: Tensor) -> Tensor:
+def _all_chained(blocks: nn.Sequential, x: Tensor) -> Tensor:
     pending: Tensor | None = None
     for block in blocks:
-        if type(block) is VSSBlock and not is_watched(block):
-            x, pending = block.with_branch(x, pending)
-        else:
-            x = block(x if pending is None else x + pending)
-            pending = None
+        x, pending = chained(block, type(block) is VSSBlock, x, pending)
     return x if pending is None else x + pending
 
 
