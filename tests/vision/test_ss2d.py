@@ -97,6 +97,8 @@ def test_scripts_beside_models_that_torchscript_cannot_compile(tmp_path: Path) -
     assert torch.isfinite(torch.jit.load(tmp_path / "model.pt")(_image())).all()
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_scripted_model_is_the_model(tmp_path: Path) -> None:
     """TorchScript's own loop: values, gradients, other sizes, saved and loaded; other kinds."""
     model = _small(d_state=2, gate="silu", in_chans=1)
